@@ -1837,11 +1837,15 @@ class Index:
     def rows_of(self, names: Collection[str]) -> dict[str, list[int]]:
         """The rows of each id of a document or passage, without those that are not there."""
         found: dict[str, list[int]] = {}
-        documents = pa.array({part for name in names for part in (name, name.rpartition("#")[0])}, pa.string())
-        for row in np.flatnonzero(pc.is_in(self.passages["document"], value_set=documents)).tolist():
+        for row in self.rows_with({part for name in names for part in (name, name.rpartition("#")[0])}):
             for name in self[row].names & set(names):
                 found.setdefault(name, []).append(row)
         return found
+
+    def rows_with(self, documents: Collection[str]) -> list[int]:
+        """The rows of the passages of documents."""
+        there = pc.is_in(self.passages["document"], value_set=pa.array(documents, pa.string()))
+        return np.flatnonzero(there).tolist()
 
     def column(self, name: str) -> Iterator[Any]:
         """The values of a column of passages, in their order."""

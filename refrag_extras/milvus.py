@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import json
 import logging
 import math
 import os
 import re
 import tempfile
+import uuid
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,10 @@ for name in ("pymilvus", "milvus_lite", "grpc"):
     logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # they log what they raise
 
 ADDRESS = re.compile(r"milvus\+(?:(https?://[^/\s]+)/([A-Za-z_]\w*)|file:(.+))", re.ASCII)
-PROPERTY, VERSION = "refrag", 1  # the manifest's name among the properties of a collection, and its format
+PROPERTY, VERSION = "refrag", 2  # the manifest's name among the properties of a collection, and its format
 LONGEST, MOST_FOUND = 65_535, 16_384  # bytes of a text field, rows of a search
 NOW = {"consistency_level": "Strong"}  # what was written just now, too: a server takes some .2 s to be sure
-CHUNKS = tuple(f"chunks_{number}" for number in range(8))  # fields for one row's chunk columns, in base64
+PIECES = 8  # texts at most that hold chunk columns in base64: pymilvus looks at a field of text letter by letter
 SCHEMA = pa.schema([*list(index.SCHEMA)[:-1], ("row", pa.int64()), ("version", pa.string()), ("words", pa.string()),
                     ("facts", pa.string())])
 OLD = pa.schema([("row", pa.int64()), ("document", pa.string()), ("part", pa.int64()), ("version", pa.string()),
@@ -203,13 +203,9 @@ class MilvusIndex(refrag.Index):
             raise MismatchError(f"{self.path} has changed meanwhile: ask again")
         return self.known[row]
 
-    def rows_of(self, names: Collection[str]) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
-        for some in batched(sorted({part for name in names for part in (name, name.rpartition("#")[0])}), 256):
-            for passage in self.remember(self.store.rows(PASSAGE_FIELDS, filter=one_of("document", some))):
-                for name in passage.names & set(names):
-                    found.setdefault(name, []).append(passage.row)
-        return found
+    def rows_with(self, documents: Collection[str]) -> list[int]:
+        return [passage.row for some in batched(sorted(documents), 256)
+                for passage in self.remember(self.store.rows(PASSAGE_FIELDS, filter=one_of("document", some)))]
 
     def expression(self, where: str | None) -> str:
         """What the server evaluates for a filter. Raises UserError."""
@@ -248,10 +244,10 @@ class MilvusIndex(refrag.Index):
 
     def stored(self, row: int) -> dict[str, np.ndarray] | None:
         """None if a writer has replaced the passage since it was found."""
-        found = self.store.rows(["key", *CHUNKS], ids=[row])
+        found = self.store.rows(["key", "columns"], ids=[row])
         if not found or found[0]["key"] != index.content_key(self[row].content).hex():
             return None
-        return safetensors.numpy.load(base64.b64decode("".join(found[0][name] for name in CHUNKS)))
+        return safetensors.numpy.load(base64.b64decode("".join(found[0]["columns"])))
 
 
 class MilvusBuild(index.Build):
@@ -272,7 +268,7 @@ class MilvusBuild(index.Build):
         document, part, title, _, metadata = passage
         row = int.from_bytes(index.content_key(json.dumps([document, part]))[:8]) >> 1
         fields = comparable(json.loads(metadata or "{}") | {"id": document, "title": title})
-        words = f" {spelled(refrag.index_terms(content))} "
+        words = f" {spelled(refrag.index_terms(content))} " if "bm25" in refrag.RETRIEVERS[self.retriever] else ""
         derived = index.content_key(json.dumps(passage)).hex(), words, json.dumps(fields)
         size = max(len(str(value).encode()) for value in (*passage, *derived))
         require(size <= LONGEST, f"{self.places[document]}: {size:,} bytes in a field, Milvus keeps {LONGEST:,}: use a "
@@ -308,11 +304,9 @@ class MilvusBuild(index.Build):
             leftover = gone["row"].filter(pc.invert(pc.is_in(gone["row"], value_set=new["row"]))).to_pylist()
             for rows in batched(leftover, 1024):
                 self.store.ask("delete", ids=rows)
-            digest = hashlib.sha256(json.dumps([before["digest"], facts, leftover]).encode())
-            digest.update("".join(new["version"].take(fresh).to_pylist()).encode())
         self.store.ask("flush", timeout=600)
         counts = {"passages": self.store.count(**NOW), "chunks": chunks}
-        self.store.keep(facts | {"unfinished": False, "counts": counts, "digest": digest.hexdigest()})
+        self.store.keep(facts | {"unfinished": False, "counts": counts, "digest": uuid.uuid4().hex})
         return {**counts, **self.counts, "dim": facts["dim"]}
 
     def concerned(self) -> list[str]:
@@ -329,8 +323,12 @@ class MilvusBuild(index.Build):
         schema.add_field("part", DataType.INT64)
         schema.add_field("chunks", DataType.INT64)
         schema.add_field("facts", DataType.JSON, mmap_enabled=True)
-        for name in ("document", "title", "text", "metadata", "key", "version", *CHUNKS):
+        for name in ("document", "title", "text", "metadata", "key", "version"):
             schema.add_field(name, DataType.VARCHAR, max_length=LONGEST, mmap_enabled=True)
+        schema.add_field("columns", DataType.ARRAY, element_type=DataType.VARCHAR, max_capacity=PIECES,
+                         max_length=LONGEST, mmap_enabled=True)
+        schema.add_field("words", DataType.VARCHAR, max_length=LONGEST, mmap_enabled=True, enable_analyzer=True,
+                         enable_match=True, analyzer_params={"tokenizer": "standard"})
         is_old = "v2.3." in self.store.client.get_server_version()  # it has no inverted index of texts
         for name in ("document", "key"):
             indexes.add_index(name, index_type="" if is_old else "INVERTED")
@@ -338,8 +336,6 @@ class MilvusBuild(index.Build):
             schema.add_field("vector", DataType.FLOAT_VECTOR, dim=manifest["dim"])
             indexes.add_index("vector", index_type=manifest["faiss"], metric_type="IP")
         if "bm25" in uses:
-            schema.add_field("words", DataType.VARCHAR, max_length=LONGEST, mmap_enabled=True, enable_analyzer=True,
-                             enable_match=True, analyzer_params={"tokenizer": "standard"})
             schema.add_field("bm25", DataType.SPARSE_FLOAT_VECTOR)
             schema.add_function(Function("bm25", FunctionType.BM25, ["words"], ["bm25"]))
             indexes.add_index("bm25", index_type="SPARSE_INVERTED_INDEX", metric_type="BM25", params={
@@ -363,18 +359,15 @@ class MilvusBuild(index.Build):
                 contents = {row["key"]: refrag.passage_content(row["title"], row["text"]) for row in rows}
                 columns = self.computed_before(contents) if known else {}
                 columns |= self.computed_now({key: text for key, text in contents.items() if key not in columns})
-                for some in batched([row | columns[row["key"]] for row in rows], 64):
-                    if "bm25" not in self.facts()["uses"]:
-                        some = [{name: value for name, value in row.items() if name != "words"} for row in some]
+                for some in batched([columns[row["key"]] | row for row in rows], 64):
                     self.store.ask("upsert", data=some)
                 chunks += sum(columns[row["key"]]["chunks"] for row in rows)
                 bar.update(len(rows))
         return chunks
 
     def computed_before(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-        fields = ["key", "chunks", *CHUNKS, *["vector"] * bool(self.embedder)]
-        found = self.store.rows(fields, filter=one_of("key", keys), **NOW)
-        return {hit["key"]: {name: hit[name] for name in fields} for hit in found}
+        fields = ["key", "chunks", "columns", *["vector"] * bool(self.embedder)]
+        return {hit["key"]: hit for hit in self.store.rows(fields, filter=one_of("key", keys), **NOW)}
 
     def computed_now(self, contents: dict[str, str]) -> dict[str, dict[str, Any]]:
         table, found = self.compute(list(contents.values())) if contents else None, {}
@@ -382,8 +375,8 @@ class MilvusBuild(index.Build):
             arrays = {name: table[name][number].values.to_numpy() for name in table.column_names if name != "key"}
             vector = {"vector": arrays.pop("vector")} if self.embedder else {}
             data = base64.b64encode(safetensors.numpy.save(arrays)).decode()
-            require(len(data) <= LONGEST * len(CHUNKS), f"{len(data):,} bytes of chunks in a passage: larger --k")
-            pieces = {name: data[n * LONGEST : (n + 1) * LONGEST] for n, name in enumerate(CHUNKS)}
-            found[key] = {"chunks": len(arrays["ends"])} | pieces | vector
+            require(len(data) <= LONGEST * PIECES, f"{len(data):,} bytes of chunks in a passage: larger --k")
+            pieces = [data[start : start + LONGEST] for start in range(0, len(data), LONGEST)]
+            found[key] = {"chunks": len(arrays["ends"]), "columns": pieces} | vector
         self.counts["computed"] += len(contents)
         return found

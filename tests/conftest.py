@@ -35,8 +35,7 @@ TEXTS = [
     "Ada Lovelace wrote notes on the Analytical Engine; the notes hold an algorithm for Bernoulli numbers.",
     "El río Ebro nace en Cantabria y desemboca en el Mediterráneo. Its delta grows rice.",
     "长江是亚洲最长的河流。 The Yangtze rises in Qinghai and reaches the sea near Shanghai.",
-    "In 1896 the first modern games opened in Athens before 60,000 people; 14 nations sent athletes.",
-]
+    "In 1896 the first modern games opened in Athens before 60,000 people; 14 nations sent athletes."]
 
 
 def train_bpe(folder: Path, *, chat: bool = True) -> Path:
@@ -44,10 +43,9 @@ def train_bpe(folder: Path, *, chat: bool = True) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(TEXTS * 4, trainer)
+    tokenizer.train_from_iterator(TEXTS * 4, trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>",
                                                 eos_token="<|im_end|>", pad_token="<|im_end|>",
                                                 unk_token="<|endoftext|>")
@@ -78,9 +76,8 @@ def train_sentencepiece(folder: Path) -> Path:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    special = ["<unk>", "<s>", "</s>"]
-    tokenizer.train_from_iterator(TEXTS * 4, trainers.UnigramTrainer(vocab_size=200, special_tokens=special,
-                                                                     unk_token="<unk>", show_progress=False))
+    tokenizer.train_from_iterator(TEXTS * 4, trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False))
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>",
                                                 eos_token="</s>", pad_token="</s>")
     fast.save_pretrained(folder)
@@ -100,12 +97,10 @@ DECODERS = {
                                                 **MAMBA, expand=2),
     "bamba": lambda: transformers.BambaConfig(**SMALL, **ATTENTION, attn_layer_indices=[1], mamba_n_heads=8,
                                               mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_expand=2,
-                                              mamba_chunk_size=16),
-}
+                                              mamba_chunk_size=16)}
 
 
 def save_decoder(kind: str, folder: Path, tokenizer: Path) -> Path:
-    """A random decoder of one architecture, in a folder with a tokenizer."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(DECODERS[kind]())
     with torch.no_grad():  # the usual .02 makes all logits alike, so that any token could win
@@ -125,7 +120,6 @@ def build(enc: object, dec: object, **options: object) -> refrag.RefragModel:
 
 
 def disturb(module: torch.nn.Module, seed: int = 0) -> None:
-    """Add noise to all weights, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -196,7 +190,6 @@ def save_embedder(folder: Path, backbone: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="session")
 def embedder(tmp_path_factory, bert) -> Path:
-    """The folder of a random sentence embedder that reads 64 tokens."""
     return save_embedder(tmp_path_factory.mktemp("tiny-embedder") / "model", bert, seed=1)
 
 
@@ -215,8 +208,7 @@ def run(capsys):
             code = refrag.main([str(a) for a in argv])
         except SystemExit as stop:
             code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return code, *capsys.readouterr()
 
     return call
 
@@ -224,17 +216,12 @@ def run(capsys):
 @pytest.fixture
 def program():
     """Run refrag.py as its own process: program("search", ...) -> CompletedProcess with text output."""
-
-    def call(*argv: object, start: str = "python refrag.py", **options) -> subprocess.CompletedProcess:
-        command = [sys.executable, *STARTS[start], *(str(a) for a in argv)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
-
-    return call
+    return lambda *argv, start="python refrag.py", **options: subprocess.run(
+        [sys.executable, *STARTS[start], *map(str, argv)], capture_output=True, text=True, timeout=120, **options)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A .jsonl corpus of the six texts, with ids a..f and titles."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     rows = [{"id": "abcdef"[i], "title": f"Title {i}", "text": text} for i, text in enumerate(TEXTS)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -243,17 +230,15 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def index_dir(tmp_path_factory, corpus, embedder, llama) -> Path:
-    """An index of that corpus with chunk vectors at k = 4, by the tiny models."""
     folder = tmp_path_factory.mktemp("index") / "index"
-    code = refrag.main(["index", "--corpus", str(corpus), "--index_dir", str(folder), "--embed_model", str(embedder),
-                        "--dec", str(llama), "--enc", "decoder:2", "--k", "4", "--dtype", "float32", "--quiet"])
-    assert code == 0
+    argv = ["index", "--corpus", corpus, "--index_dir", folder, "--embed_model", embedder, "--dec", llama, "--enc",
+            "decoder:2", "--k", 4, "--dtype", "float32", "--quiet"]
+    assert refrag.main([str(word) for word in argv]) == 0
     return folder
 
 
 def passages_of(folder):
-    index = refrag.open_index(str(folder))
-    return [index[row] for row in range(len(index))]
+    return list(refrag.open_index(str(folder)))
 
 
 @pytest.fixture(name="build")
@@ -294,7 +279,6 @@ def ask(done):
 
 
 # ---- Input, damage, refusals ----------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:

@@ -67,23 +67,15 @@ def test_pieces_join_to_the_decoded_text(loaded, kind, text):
         decoded = tokenizer.decode(tokens.ids[:n], clean_up_tokenization_spaces=False)
         joined = "".join(tokens.pieces[:n])
         assert joined == decoded or (decoded.startswith(joined) and decoded.endswith("\ufffd"))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@given(text=wild)
-@few
-def test_ends_are_those_of_the_offsets_and_never_inside_a_character(loaded, kind, text):
-    offsets = loaded[kind](text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    for number, end in enumerate(refrag.tokenize_pieces(text, loaded[kind]).ends):
-        following = offsets[number + 1][0] if number + 1 < len(offsets) else len(text)
-        assert end == (offsets[number][1] if offsets[number][1] <= following else -1)
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    for (_, end), (following, _), found in zip(offsets, [*offsets[1:], (len(text), 0)], tokens.ends, strict=False):
+        assert found == (end if end <= following else -1)  # never inside a character
 
 
 def test_a_character_of_several_tokens_ends_with_its_last(loaded):
     """The face is four byte tokens; only after the fourth is there text, and only there may a cut stand."""
     tokens = refrag.tokenize_pieces("x🙂z", loaded["bpe"])
-    assert tokens.pieces == ["x", "", "", "", "🙂", "z"]
-    assert tokens.ends == [1, -1, -1, -1, 2, 3]
+    assert (tokens.pieces, tokens.ends) == (["x", "", "", "", "🙂", "z"], [1, -1, -1, -1, 2, 3])
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
@@ -97,17 +89,15 @@ def test_exact_anchors_equal_the_table(loaded, pair, text):
     assert align.exact_anchors(a, b) == [tuple(place) for place in np.argwhere(table).tolist()]
 
 
-@pytest.mark.parametrize(("a", "b", "cost"), [
-    ("a b", "", 2.1),  # two letters and a blank go
-    ("Caf\u00e9 x", "cafex", 0.3),  # C to c, é to e, the blank goes
-    ("kitten", "sitting", 3.0),  # k to s, e to i, g comes: Wagner and Fischer's own
-    ("ab", "ba", 2.0),  # two substitutions; letters do not change places
-    ("a", " ", 1.0),  # a letter for a blank, which is less than a letter gone and a blank come, 1.1
-    ("\ufb01n", "fin", 1.1),  # the ligature counts as its first letter: fi to f .1, i comes
-])
-def test_edit_distance_golden(a, b, cost):
-    assert refrag.edit_distance(a, b) == pytest.approx(cost)
-    assert refrag.edit_distance(b, a) == pytest.approx(cost)
+def test_edit_distance_golden():
+    for a, b, cost in (
+            ("a b", "", 2.1),  # two letters and a blank go
+            ("Caf\u00e9 x", "cafex", 0.3),  # C to c, é to e, the blank goes
+            ("kitten", "sitting", 3.0),  # k to s, e to i, g comes: Wagner and Fischer's own
+            ("ab", "ba", 2.0),  # two substitutions; letters do not change places
+            ("a", " ", 1.0),  # a letter for a blank, which is less than a letter gone and a blank come, 1.1
+            ("\ufb01n", "fin", 1.1)):  # the ligature counts as its first letter: fi to f .1, i comes
+        assert (refrag.edit_distance(a, b), refrag.edit_distance(b, a)) == pytest.approx((cost, cost)), (a, b)
 
 
 def plain_distance(a, b):
@@ -150,19 +140,6 @@ def test_cost_anchors_golden():
     assert refrag.cost_anchors(nothing, nothing) == [(0, 0, 0.0), (1, 1, 0.0)]
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-@given(text=wild)
-@settings(max_examples=25)
-def test_cost_anchors_stand_where_both_end(loaded, pair, text):
-    """Every common end in the source text is one anchor, in order; a cost is a share."""
-    a, b = both_sides(loaded, text, pair)
-    anchors = refrag.cost_anchors(a, b)
-    assert [a.ends[x.i] for x in anchors] == [b.ends[x.j] for x in anchors]
-    assert {a.ends[x.i] for x in anchors} == (set(a.ends) & set(b.ends)) - {-1, 0}
-    assert all(x.i < y.i and x.j < y.j for x, y in itertools.pairwise(anchors))
-    assert all(0.0 <= x.cost <= 1.0 for x in anchors)
-
-
 def calls(function, *args):
     """How many functions a call calls in all: a count of steps, the same on every machine."""
     profile = cProfile.Profile()
@@ -186,12 +163,16 @@ def test_steps_grow_with_the_tokens_alone(loaded, capital):
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 @given(text=wild)
 @settings(max_examples=25)
-def test_rows_hold_all_tokens_of_both_sides_in_order(loaded, pair, text):
+def test_cost_anchors_stand_where_both_end_and_rows_hold_all_tokens_in_order(loaded, pair, text):
+    """Every common end in the source text is one anchor, in order; a cost is a share."""
     a, b = both_sides(loaded, text, pair)
-    rows = align.anchor_rows(a, b)
+    rows, anchors = align.anchor_rows(a, b), refrag.cost_anchors(a, b)
+    assert [a.ends[x.i] for x in anchors] == [b.ends[x.j] for x in anchors]
+    assert {a.ends[x.i] for x in anchors} == (set(a.ends) & set(b.ends)) - {-1, 0}
+    assert all(x.i < y.i and x.j < y.j for x, y in itertools.pairwise(anchors))
+    assert all(0.0 <= x.cost <= 1.0 for x in anchors)
     assert [piece for row in rows for piece in row["encoder"]] == a.pieces
     assert [piece for row in rows for piece in row["decoder"]] == b.pieces
-    anchors = refrag.cost_anchors(a, b)
     assert [row["cost"] for row in rows if row["cost"] is not None] == [round(x.cost, 4) for x in anchors]
     assert all(row["cost"] is not None for row in rows[:-1])
     assert all(row["encoder"] or row["decoder"] for row in rows)
@@ -215,22 +196,18 @@ def test_rows_and_their_text_golden():
     assert align.anchor_text([]) == "encoder  decoder  cost"
 
 
-def test_divergence_golden():
+def test_divergence_golden_and_as_torch_has_it():
     """Teacher (1/2, 1/2), student (3/4, 1/4): .5 ln(.5/.75) + .5 ln(.5/.25) = .5 ln(4/3) = .1438."""
     student, teacher = torch.tensor([[math.log(3), 0.0]]), torch.zeros(1, 2)
     assert refrag.divergence(student, teacher).tolist() == pytest.approx([0.5 * math.log(4 / 3)])
     assert refrag.divergence(teacher, student).tolist() == pytest.approx([0.75 * math.log(1.5) + 0.25 * math.log(0.5)])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_divergence_equals_torch(dtype):
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(7, 50, generator=generator).mul(3).to(dtype) for _ in range(2))
-    expected = torch.nn.functional.kl_div(student.float().log_softmax(-1), teacher.float().softmax(-1),
-                                          reduction="none").sum(-1)
-    got = refrag.divergence(student, teacher)
-    assert got.dtype == torch.float32 and got.shape == (7,) and (got > 0).all()
-    torch.testing.assert_close(got, expected)
+    for dtype in (torch.float32, torch.bfloat16):
+        student, teacher = (torch.randn(7, 50, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (0, 1))
+        expected = torch.nn.functional.kl_div(student.float().log_softmax(-1), teacher.float().softmax(-1),
+                                              reduction="none").sum(-1)
+        got = refrag.divergence(student, teacher)
+        assert got.dtype == torch.float32 and got.shape == (7,) and (got > 0).all()
+        torch.testing.assert_close(got, expected)
 
 
 def test_relative_error_golden():
@@ -260,16 +237,13 @@ def test_align_shows_where_the_tokens_end_together(run, done, bert, llama, token
         f"exact anchors: {exact}, anchors: {good} (cost 0.5 or less)\n")
 
 
-def test_align_of_a_decoder_with_its_own_layers(done, llama):
-    """decoder:N reads with the decoder's tokenizer: every token that ends a character is an exact anchor."""
+def test_align_of_a_decoder_with_its_own_layers_or_a_checkpoint(done, tmp_path, bert, llama):
+    """decoder:N reads with the decoder's tokenizer: every token that ends a character is an exact anchor. A
+    checkpoint's config names the two models."""
     result = done("align", "--enc", "decoder:2", "--dec", llama, "--text", "The 🙂 notes")
     count = result["encoder_tokens"] - 3
     assert result["decoder_tokens"] - 3 == result["anchors"] == result["exact_anchors"] == len(result["spans"]) == count
     assert all(span["encoder"] == span["decoder"] and span["exact"] and span["cost"] == 0 for span in result["spans"])
-
-
-def test_align_of_a_checkpoint(done, tmp_path, bert, llama):
-    """Its config names the two models."""
     build(bert, llama).save_pretrained(tmp_path / "c")
     named = done("align", "--enc", bert, "--dec", llama, "--text", TEXTS[0])
     assert named == done("align", "--load_dir", tmp_path / "c", "--text", TEXTS[0])

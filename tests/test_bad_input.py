@@ -37,8 +37,7 @@ CORPORA = [
     ("c.jsonl", b'{"text": "good"}\n{"text": " "}\n', r"c\.jsonl:2: text is empty"),
     ("c.jsonl", [GOOD, {"id": "x", "text": "b"}, {"id": "new", "text": "c"}],
      r"duplicate id 'new' at \S*c\.jsonl:1 and \S*c\.jsonl:3"),
-    ("c.txt.gz", gzip.compress(b"good\n" * 500)[:-9], "not a complete gzip file"),
-]
+    ("c.txt.gz", gzip.compress(b"good\n" * 500)[:-9], "not a complete gzip file")]
 TRAINING = [
     (b"", "no text to train on"), (b"\n \r\n\t\n\n", "no text to train on"), ([{"tokens": []}], "no text to train on"),
     ([{"text": ""}], "no text to train on"), (b'{"text": "good"}\n\n{"text": \n', "PATH:3: malformed JSON"),
@@ -55,8 +54,7 @@ TRAINING = [
     *(([{"text": LONG, "split": split}], "PATH:1: split must be {s, o}") for split in (
         5, [], {"s": -1, "o": 9}, {"s": 9, "o": "a"}, {"s": True, "o": 9})),
     ([{"text": LONG, "split": {"s": 2**40, "o": 9}}], "PATH:1: split"),
-    ([{"text": "ab"}] * 3, "PATH: every text is shorter than 5 tokens, which --k 4 needs"),
-]
+    ([{"text": "ab"}] * 3, "PATH: every text is shorter than 5 tokens, which --k 4 needs")]
 QUESTIONS = [
     (b"", "PATH: the file holds no question"), (b"\n \n", "PATH: the file holds no question"),
     (b'{"question": "a"}\n{"question": \n', "PATH:2: malformed JSON"),
@@ -72,8 +70,7 @@ QUESTIONS = [
     (asked(answers=["\ud800"]), "PATH: question 3: an answer holds half of a surrogate pair"),
     *((asked(positive_ids=ids), "PATH: question 3: positive_ids must be a list of ids") for ids in (
         5, "abc", {"c": 1})),
-    (asked(positive_ids=[["c"]]), "PATH: question 3: id must be a string, got list"),
-]
+    (asked(positive_ids=[["c"]]), "PATH: question 3: id must be a string, got list")]
 FILES = [
     *(("index", "--corpus", name, content, told) for name, content, told in CORPORA),
     *(("add", "--corpus", name, content, told) for name, content, told in CORPORA[3:5]),
@@ -89,11 +86,8 @@ FILES = [
     *(("eval", "--qa", "q.jsonl", [ASKED[0], ASKED[1] | wrong], told) for wrong, told in (
         ({"answers": None}, "question 2 has no list of answers"), ({"answers": "Ulm"}, "has no list of answers"),
         ({"positive_ids": "a"}, "positive_ids must be a list"))),
-    ("eval", "--qa", "q.jsonl", [q | {"positive_ids": ["elsewhere"]} for q in ASKED],
-     "none of the questions' positive_ids"),
     ("train_gate", "--rag_json", "q.jsonl", asked(answers=None), "question 3 has no list of answers"),
-    ("train_gate", "--rag_json", "q.jsonl", [ASKED[0] | {"answers": ["nowhere at all"]}], "not one question"),
-]
+    ("train_gate", "--rag_json", "q.jsonl", [ASKED[0] | {"answers": ["nowhere at all"]}], "not one question")]
 
 
 def code_of(name: str, told: str) -> int:
@@ -129,17 +123,15 @@ def test_the_texts_of_two_files_are_named_by_their_own_file(refused, line, write
         assert f"{path}: every text is shorter" in refused(2, *argv)
 
 
-def test_no_half_of_a_damaged_file_stays_in_the_cache(refused, done, line, write, home, tmp_path):
+def test_no_half_of_a_damaged_file_stays_in_the_cache_or_none_can_be_made(refused, done, line, write, home, tmp_path,
+                                                                          monkeypatch):
     path = write("t.jsonl.gz", gzip.compress(json.dumps({"text": LONG}).encode() * 99)[:-9])
     argv = line("cpt_recon", tmp_path / "out", "--train_json", path, "--steps", 1)
     refused(4, *argv)
     path.write_bytes(gzip.compress(json.dumps({"text": LONG}).encode()))
     assert done(*argv)["steps"] == 1 and list((home / "tokens").glob(".*.tmp")) == []
-
-
-def test_a_cache_that_cannot_be_made(refused, line, write, tmp_path, monkeypatch):
     monkeypatch.setenv("REFRAG_HOME", str(write("file", "precious")))
-    assert "Not a directory" in refused(2, *line("cpt_recon", tmp_path / "out"))
+    assert "Not a directory" in refused(2, *line("cpt_recon", tmp_path / "new"))
 
 
 @pytest.mark.parametrize(("errors", "passages", "counted"), [("skip", 2, "skipped"), ("replace", 3, "replaced")])
@@ -157,21 +149,17 @@ OPTIONS = [  # command, options, message; the exit code is 2
     *((how, "--add", "name one of --add, --sync and --delete") for how in ("sync", "delete")),
     ("delete", "--corpus nowhere.txt", "--delete takes no --corpus"),
     ("index", "--delete_all", "--delete_all goes with --sync or --delete"),
-    ("search", "--question q --topk 0", "--topk must be 1 or more, got 0"),
     ("search", "--question=", "question is empty"), ("search", "", "name one of --question and --questions"),
     ("search", "--question q --index_dir nowhere", "no such folder"),
     ("search", "--question q --index_dir TMP", "no index in this folder"),
     ("doctor", "--index_dir nowhere", "no such folder"), ("doctor", "--index_dir TMP", "no index in this folder"),
     ("align", "", "--text is missing"), ("align", "--text=", "--text is missing"),
-    ("align", "--text=a\udcffb", "--text"),
     ("align", "--text a --load_dir nowhere", "--load_dir nowhere: "),
     *((phase, "--out_dir=", "--out_dir") for phase in ("cpt_recon", "sft", "eval")),
-    ("cpt_recon", "--k 4 65", "--k must lie between 1 and 64"), ("cpt_recon", "--k x", "--k"),
     ("cpt_recon", "--k 64 --seq_tokens 64", "every text is shorter than 64 tokens, which --k 64 needs"),
     ("cpt_next", "--seq_tokens 4", "--seq_tokens 4 leaves nothing beyond one chunk"),
     ("cpt_align", "--seq_tokens 4", "--seq_tokens 4 leaves nothing beyond one chunk"),
-    *(("cpt_recon", f"--lr {lr}", "--lr must be more than 0") for lr in ("inf", "1e39")),
-    ("cpt_recon", "--train xyz", "--train must be letters of ped, got 'xyz'"),
+    ("cpt_recon", "--lr 1e39", "--lr must be more than 0"),
     ("cpt_recon", "--lora_r 4", "--lora_r needs the decoder in --train, got pe"),
     ("cpt_next", "--lora_r 4 --train p", "--lora_r needs the decoder in --train, got p"),
     *(("cpt_recon", f"--enc decoder:{n}", f"--enc decoder:{n}: the decoder has 3 layers") for n in (0, 4)),
@@ -180,19 +168,16 @@ OPTIONS = [  # command, options, message; the exit code is 2
     *((command, f"{flag} {path}", f"{flag} {path}: no such file")
       for path in ("nowhere.jsonl", "/") for command, flag in (
           ("cpt_recon", "--train_json"), ("cpt_recon", "--eval_json"), ("sft", "--rag_json"), ("sft", "--eval_json"))),
-    ("sft", "--p 0 nan", "--p must lie between 0 and 1"),
     ("sft", "--index_dir nowhere", "--index_dir"), ("sft", "--index_dir TMP", "no index in this folder"),
     ("train_gate", "--p 0", "--p must"), ("train_gate", "--k 6", "chunks of 4 tokens do not make chunks of 6"),
-    ("train_gate", "--rag_json nowhere.jsonl", "no such file"), ("train_policy", "--group 1", "--group"),
+    ("train_gate", "--rag_json nowhere.jsonl", "no such file"),
     ("eval", "--task retrieval --modes bm25 --retriever bm25", "use --modes"),
     ("eval", "--qa nowhere.jsonl", "no such file"),
     ("eval", "--modes cosine_gate --retriever bm25", "cosine_gate needs an embedder"),
     ("eval", "--index_dir nowhere", "no such folder"),
-    ("bench", "--contexts 512,0", "--contexts must be 1 or more"), ("bench", "--contexts many", "--contexts"),
-    ("bench", "--modes magic", "magic"), ("bench", "--question= ", "the question is empty"),
+    ("bench", "--contexts 512,0", "--contexts must be 1 or more"), ("bench", "--question= ", "the question is empty"),
     ("bench", "--index_dir nowhere", "--index_dir nowhere: no such folder"),
-    ("generate", "--index_dir nowhere", "--index_dir nowhere: no such folder"),
-]
+    ("generate", "--index_dir nowhere", "--index_dir nowhere: no such folder")]
 LATE = ("--k 64 --seq_tokens 64", "--seq_tokens 4", "--enc", "--pooling", "--k 6", "--modes cos")
 
 
@@ -283,13 +268,7 @@ def test_a_read_only_folder_is_refused_before_any_work(run, refused, finished, m
             assert run(*line(name, tmp_path / "next", "--steps", 1, "--load_dir", locked))[0] == 0
 
 
-def test_a_change_needs_an_index(refused, line, tmp_path):
-    for how in ("add", "delete"):
-        assert "no index in this folder" in refused(2, *line(how, tmp_path / "i"))
-
-
 # ---- Models, indexes and checkpoints that do not belong together ----------------------------------------------------
-
 
 @pytest.mark.parametrize(("name", "options"), [
     ("cpt_recon", "--dec"), ("cpt_recon", "--enc"), ("align", "--dec"), ("eval", "--dec"), ("bench", "--dec"),
@@ -307,16 +286,12 @@ def test_a_library_that_is_missing(refused, command, tmp_path, monkeypatch, libr
     assert re.search(rf"library missing: .*{library}.*pip install", message) and not (tmp_path / "out").exists()
 
 
-def test_a_decoder_with_too_few_positions(refused, command, tokenizers, tmp_path):
-    config = transformers.GPT2Config(vocab_size=600, n_embd=32, n_layer=2, n_head=4, n_positions=32)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
-    transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"]).save_pretrained(tmp_path / "gpt2")
-    argv = command("cpt_recon", "--dec", tmp_path / "gpt2", "--curriculum", "none", "--seq_tokens", 64)
+def test_a_decoder_with_too_few_positions_or_without_an_end_token(refused, command, llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('embeddings": 2048', 'embeddings": 32'))
+    argv = command("cpt_recon", "--dec", folder, "--curriculum", "none", "--seq_tokens", 64)
     assert "the decoder's window is 32: lower --seq_tokens" in refused(2, *argv)
-
-
-def test_a_tokenizer_without_an_end_token_cannot_learn_to_stop(refused, command, llama, tmp_path):
-    folder = shutil.copytree(llama, tmp_path / "endless")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
@@ -360,7 +335,6 @@ def test_what_is_no_checkpoint(refused, command, finished, llama, write, tmp_pat
 
 # ---- Losses that are no numbers -------------------------------------------------------------------------------------
 
-
 @pytest.fixture
 def ill(llama, tmp_path) -> Path:
     """A decoder with one weight that is no number."""
@@ -375,8 +349,7 @@ def ill(llama, tmp_path) -> Path:
 def test_a_loss_that_is_no_number_names_the_step_and_the_texts(refused, command, ill, files, tmp_path, phase):
     place = r"question q\d" if phase == "sft" else rf"{re.escape(str(files / 'texts.jsonl'))}:[1-6]"
     argv = command(phase, "--dec", ill)
-    message = refused(2, *argv)
-    assert "step 0: the held-out loss is nan" in message
+    assert "step 0: the held-out loss is nan" in refused(2, *argv)
     message = refused(2, *without(argv, "--eval_json"))
     assert re.search(rf"step 1: the loss is nan on {place}(, {place})*( and \d+ more)?: lower", message)
     assert list((tmp_path / "out").glob("*step-*")) == []
@@ -384,8 +357,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_texts(refused, command,
 
 def test_a_learning_rate_beyond_all_measure(run, refused, command, files, tmp_path):
     """The checkpoint before it stays, and can be read; one that holds values that are no numbers is not written."""
-    argv = command("cpt_recon", "--lr", "1e30", "--train", "ped", "--save_every", 1, "--eval_limit", 1)
-    argv = without(argv, "--eval_json")
+    argv = without(command("cpt_recon", "--lr", "1e30", "--train", "ped", "--save_every", 1), "--eval_json")
     place = rf"{re.escape(str(files / 'texts.jsonl'))}:[1-6]"
     assert re.search(rf"step 2: the (loss|gradient) is (nan|inf) on {place}(, |: )", refused(2, *argv))
     assert [p.name for p in (tmp_path / "out").glob("*step-*")] == ["step-000001"]
@@ -429,7 +401,7 @@ def test_one_token_over_several_chunks_of_a_separate_encoder(done, command, writ
     """The encoder reads each letter of an unknown word as a token, the decoder has learned the word whole."""
     texts = write("long.jsonl", [{"text": TEXTS[4] * 3}])
     done(*command(phase, "--train_json", texts, "--eval_json", texts, "--enc", bert, "--train", "p", "--steps", 1,
-                  *(["--lora_r", 0] if phase == "cpt_next" else [])))
+                  "--lora_r", 0))
 
 
 @pytest.mark.parametrize("wrong", [{}, {"positive_ids": None}, {"positive_ids": []}, {"positive_ids": ["c#1"]}],
@@ -440,6 +412,11 @@ def test_questions_may_name_no_passage_or_a_piece_of_one(done, command, line, wr
     questions = write("q.jsonl", [{key: q[key] for key in ("question", "answers")} | wrong for q in ASKED])
     assert done(*command("sft", "--rag_json", questions, "--eval_json", questions, "--index_dir", index,
                          "--steps", 1))["steps"] == 1
+
+
+def test_a_change_needs_an_index(refused, line, tmp_path):
+    for how in ("add", "delete"):
+        assert "no index in this folder" in refused(2, *line(how, tmp_path / "i"))
 
 
 def test_no_passage_is_empty(done, line, write, tmp_path):

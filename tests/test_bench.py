@@ -18,8 +18,6 @@ import refrag
 from refrag_extras import bench, evaluate
 
 QUESTION = "Where do smiths cast bells?"
-NAMED = ["mode", "context", "k", "p", "batch", "positions", "ttft_s", "ttit_s", "tokens_per_s", "peak_rss_mb",
-         "kv_bytes"]
 
 
 @pytest.fixture
@@ -41,12 +39,9 @@ def clock(monkeypatch) -> None:
 
 @pytest.fixture
 def argv(index_dir, llama):
-
-    def line(*more: object) -> list[object]:
-        return ["bench", "--index_dir", index_dir, "--dec", llama, "--enc", "decoder:2", "--question", QUESTION,
-                "--contexts", "60,120", "--k", "4,8", "--p", "0", "--new", "3", "--repeats", "2", *more]
-
-    return line
+    return lambda *more: ["bench", "--index_dir", index_dir, "--dec", llama, "--enc", "decoder:2", "--question",
+                          QUESTION, "--contexts", "60,120", "--k", "4,8", "--p", "0", "--new", "3", "--repeats", "2",
+                          *more]
 
 
 @pytest.fixture
@@ -55,8 +50,7 @@ def run_bench(run, argv):
 
     def call(*more: object) -> tuple[dict, str]:
         code, out, err = run(*argv("--json", *more))
-        assert code == 0, err
-        assert out.count("\n") == 1
+        assert code == 0 and out.count("\n") == 1, err
         return json.loads(out), err
 
     return call
@@ -67,7 +61,6 @@ def rows_of(result: dict, mode: str, **values: object) -> list[dict]:
 
 
 def metrics(**changes: object) -> dict:
-    """The metrics of one run, as a pipeline gives them."""
     stages = dict.fromkeys(("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s"), 0.125)
     return {"ttft_s": 1.0, "ttit_s": 0.5, "tokens_per_s": 2.0, "new_tokens": 3, "positions": 10, "full_positions": 40,
             "context_tokens": 32, "compression": 4.0, "p_realised": 0.0, "kv_bytes": 640, "stages": stages,
@@ -75,7 +68,6 @@ def metrics(**changes: object) -> dict:
 
 
 def trial(mode: str, ttft: list[float], k: int | None = None, p: float | None = None, **changes: object):
-    """A trial whose counted rounds took these times to the first token."""
     runs = [metrics(ttft_s=seconds, ttit_s=seconds / 4) for seconds in ttft]
     setting = bench.Setting(mode, 512, k, p)._replace(**changes)
     return bench.Trial(setting, None, None, None, runs, {"peak_rss_mb": 70.0, "peak_device_mb": None})
@@ -83,13 +75,9 @@ def trial(mode: str, ttft: list[float], k: int | None = None, p: float | None = 
 
 # ---- Numbers --------------------------------------------------------------------------------------------------------
 
-
-def test_the_theoretical_ratio():
+def test_answers_made_together_share_the_prefill_alone_and_the_theoretical_ratio():
     """A quarter of the tokens as text and a sixteenth of the rest: 1 / (.25 + .75 / 16) = 1 / .296875."""
     assert [bench.theoretical_ratio(16, p) for p in (0.25, 0.0, 1.0)] == pytest.approx([1 / 0.296875, 16, 1])
-
-
-def test_answers_made_together_share_the_prefill_alone():
     one = metrics(stages={"retrieve_s": 0.25, "prefill_s": 2.0})
     assert bench.metrics_together([one]) is one
     both = bench.metrics_together([one, one])
@@ -111,29 +99,22 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios():
     assert bench.bench_row(trial("full", [1.0, 2.0, 4.0, 9.0]), None)["ttft_s"] == 3.0
     row = bench.bench_row(ours, None)
     assert row["ttft_ratio"] is row["ttit_ratio"] is None and "ttft_ratio" not in row["spread"]
-
-
-def test_one_new_token_has_no_time_between_tokens():
-    one = trial("full", [1.0, 2.0])
-    for run in one.runs:
+    for run in full.runs:  # of one new token
         run.update(ttit_s=None, tokens_per_s=None)
-    row = bench.bench_row(one, one)
+    row = bench.bench_row(full, full)
     assert row["ttit_s"] is row["tokens_per_s"] is row["ttit_ratio"] is None
     assert bench.bench_cells(row)["TTIT ms"] == bench.bench_cells(row)["tokens/s"] == "-"
 
 
 # ---- Rounds ---------------------------------------------------------------------------------------------------------
 
-
 def test_known_times_give_known_rows(run_bench, clock):
     """Each combination once, though some are named twice."""
     result, _ = run_bench("--contexts", "60,120,60", "--p", "0", "0.3", "0.3")
     assert result["rounds"] == 2 == len(rows_of(result, "full"))
     for row in result["rows"]:
-        assert row["ttft_s"] == pytest.approx(0.001 * row["positions"])
-        assert row["stages"]["prefill_s"] == pytest.approx(row["ttft_s"])
-        assert row["ttit_s"] == pytest.approx(0.01)
-        assert row["tokens_per_s"] == pytest.approx(100)
+        assert (row["ttft_s"], row["stages"]["prefill_s"]) == pytest.approx((0.001 * row["positions"],) * 2)
+        assert (row["ttit_s"], row["tokens_per_s"]) == pytest.approx((0.01, 100))
         assert row["kv_bytes"] == 384 * row["positions"]
     assert len(rows_of(result, "refrag")) == 2 * 2 * 2
     positions = {(r["k"], r["p"]): r["positions"] for r in rows_of(result, "refrag", context=120)}
@@ -152,14 +133,9 @@ def test_known_times_give_known_rows(run_bench, clock):
 
 def test_rounds_hold_every_combination_once_in_changing_order(run_bench, monkeypatch):
     """The first round warms up: what it measures, here an absurd time, is in no row. The seed gives the order."""
-    turns: list[bench.Setting] = []
-
-    def run(self, item):
-        turns.append(self.setting)
-        return metrics(ttft_s=1e6 if len(turns) <= 7 else 0.5)
-
-    monkeypatch.setattr(bench.Trial, "run", run)
-    orders = []
+    turns, orders = [], []
+    monkeypatch.setattr(bench.Trial, "run", lambda self, item: (
+        turns.append(self.setting), metrics(ttft_s=1e6 if len(turns) <= 7 else 0.5))[1])
     for seed in (1, 1, 2):
         turns.clear()
         result, _ = run_bench("--repeats", 4, "--seed", seed)
@@ -183,14 +159,7 @@ def test_batches_are_timed_beside_each_other(run_bench, clock):
         assert row["ttft_ratio"] == pytest.approx(full["positions"] / row["positions"], abs=1e-5)
 
 
-def test_no_end_token_stops_a_run(run_bench, monkeypatch):
-    monkeypatch.setattr(refrag, "stop_tokens", lambda *_: frozenset(range(600)))
-    result, _ = run_bench("--contexts", 120, "--k", 4, "--repeats", 1, "--new", 7)
-    assert [row["new_tokens"] for row in result["rows"]] == [7, 7, 7]
-
-
 # ---- What fits ------------------------------------------------------------------------------------------------------
-
 
 def test_a_context_is_filled_with_whole_passages(run_bench, index_dir, llama, monkeypatch):
     """No passage more would fit, though the search begins with one. The oracle counts tokens, best passage first."""
@@ -221,8 +190,11 @@ def test_contexts_that_the_index_can_not_fill_are_left_out_and_told(run_bench):
     assert (row["context"], row["context_tokens"], len(result["left_out"])) == (tokens, tokens, 1)
 
 
-def test_what_exceeds_the_window_is_left_out_and_told(run_bench, monkeypatch):
-    """In a window of one position fewer than full context and its new tokens take, compressed context has room."""
+def test_what_exceeds_the_window_is_left_out_and_told(run_bench, refused, argv, monkeypatch):
+    """In a window of one position fewer than full context and its new tokens take, compressed context has room. Where
+    nothing fits it is an error."""
+    message = refused(2, *argv("--modes", "full", "--contexts", 100000, "--quiet"))
+    assert message.startswith("nothing to time: --contexts 100000 left out: ")
     short = ["--contexts", 120, "--k", 8, "--repeats", 1]
     [full] = rows_of(run_bench(*short)[0], "full")
     monkeypatch.setattr(refrag.RefragModel, "window", full["positions"] + 3)
@@ -236,24 +208,13 @@ def test_what_exceeds_the_window_is_left_out_and_told(run_bench, monkeypatch):
     assert f"{result['left_out'][0]}\n" in err
 
 
-def test_where_nothing_fits_it_is_an_error(refused, argv):
-    message = refused(2, *argv("--modes", "full", "--contexts", 100000, "--quiet"))
-    assert message.startswith("nothing to time: --contexts 100000 left out: ")
-
-
 # ---- Stored vectors -------------------------------------------------------------------------------------------------
-
 
 def test_stored_vectors_serve_the_multiples_of_their_k(run_bench, monkeypatch):
     """k = 4 is stored. k = 6 is none of its multiples: its vectors are made in each run, and that is told."""
-    encoded: list[int] = []
-    encode = refrag.ChunkEncoder.encode
-
-    def counting(self, contents, k):
-        encoded.append(k)
-        return encode(self, contents, k)
-
-    monkeypatch.setattr(refrag.ChunkEncoder, "encode", counting)
+    encoded, encode = [], refrag.ChunkEncoder.encode
+    monkeypatch.setattr(refrag.ChunkEncoder, "encode", lambda self, contents, k: (
+        encoded.append(k), encode(self, contents, k))[1])
     result, err = run_bench("--contexts", 120, "--k", "4,8,6", "--repeats", 2)
     assert {row["k"]: row["stored_vectors"] for row in rows_of(result, "refrag")} == {4: True, 8: True, 6: False}
     assert [row["stored_vectors"] for row in result["rows"] if row["mode"] != "refrag"] == [None, None]
@@ -272,8 +233,10 @@ def test_batches_of_a_decoder_that_takes_none_are_left_out_and_told(run_bench, m
     assert result["left_out"][0] in err
 
 
-def test_all_text_reads_no_vectors(run_bench):
-    result, err = run_bench("--contexts", 120, "--k", 6, "--p", 1, "--repeats", 1)
+def test_all_text_reads_no_vectors_and_no_end_token_stops_a_run(run_bench, monkeypatch):
+    monkeypatch.setattr(refrag, "stop_tokens", lambda *_: frozenset(range(600)))
+    result, err = run_bench("--contexts", 120, "--k", 6, "--p", 1, "--repeats", 1, "--new", 7)
+    assert [row["new_tokens"] for row in result["rows"]] == [7, 7, 7]
     [row], [full] = rows_of(result, "refrag"), rows_of(result, "full")
     assert (row["stored_vectors"], row["positions"], row["theoretical_ratio"]) == (None, full["positions"], 1)
     assert "no vectors that serve it" not in err
@@ -281,11 +244,11 @@ def test_all_text_reads_no_vectors(run_bench):
 
 # ---- The result -----------------------------------------------------------------------------------------------------
 
-
 def test_the_result_has_the_promised_names(run_bench, index_dir):
     result, _ = run_bench("--repeats", 1)
     assert {"device", "rows", "rounds", "settings", "versions", "command", "commit"} <= set(result)
-    assert all(set(NAMED) <= set(row) for row in result["rows"])
+    assert all({"mode", "context", "k", "p", "batch", "positions", "ttft_s", "ttit_s", "tokens_per_s", "peak_rss_mb",
+                "kv_bytes"} <= set(row) for row in result["rows"])
     assert result["device"]["device"] == "cpu" and result["command"] == sys.argv
     assert result["versions"] == refrag.library_versions()
     assert result["settings"].items() >= {"contexts": [60, 120], "new": 3, "gate": "blend", "compressed": "feed",
@@ -387,7 +350,6 @@ def test_a_step_of_training_is_timed(done, llama, tmp_path, options):
 
 
 # ---- Helpers of section 4 -------------------------------------------------------------------------------------------
-
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system keeps the peak of memory")
 def test_the_peak_of_memory_begins_anew(monkeypatch):

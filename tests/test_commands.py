@@ -30,7 +30,6 @@ posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals, pipes a
 
 # ---- The shape of the file ------------------------------------------------------------------------------------------
 
-
 def section_of(node: ast.AST) -> int:
     """The number of the section a top-level statement stands in; 0 before the first banner."""
     return max((number for number, (line, _) in SECTIONS.items() if line <= node.lineno), default=0)
@@ -56,13 +55,10 @@ def read_names(node: ast.AST) -> set[str]:
 HOME = {name: section_of(node) for node in reversed(TREE.body) for name in bound_names(node)}  # the first one counts
 
 
-def test_contents_match_the_numbered_banners():
+def test_contents_and_the_ten_steps_name_what_stands_in_the_numbered_sections():
     listed = re.findall(r"^ {4}(\d+)\. (\w+) {2,}\S", refrag.__doc__, re.MULTILINE)
     assert listed == [(str(number), title) for number, (_, title) in SECTIONS.items()]
     assert [int(number) for number, _ in listed] == list(range(1, len(BANNER.findall(SOURCE)) + 1))
-
-
-def test_the_ten_steps_name_what_stands_in_their_sections():
     steps = refrag.__doc__.split("ten steps")[1].split("Three commands")[0]
     lines = re.findall(r"^ +\d+\. .+(?:\n {20,}.+)?", steps, re.MULTILINE)
     assert len(lines) == 10
@@ -79,10 +75,7 @@ def test_a_section_uses_only_names_of_its_own_and_earlier_sections():
              for node in TREE.body for name in read_names(node) if HOME.get(name, 0) > section_of(node)}
     assert later == set()
     assert HOME["parse"] == 1 and HOME["torch"] == 2 and HOME["cmd_search"] == len(SECTIONS)
-
-
-def test_only_options_know_argparse_and_only_imports_the_heavy_libraries():
-    """Inside functions they may be imported anywhere."""
+    # only options know argparse; only section 2 imports the heavy libraries, but inside functions they may be anywhere
     assert {section_of(node) for node in TREE.body if "argparse" in read_names(node)} == {1}
     for node in TREE.body:
         modules = {m.split(".")[0] for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)
@@ -91,7 +84,6 @@ def test_only_options_know_argparse_and_only_imports_the_heavy_libraries():
 
 
 # ---- Before the heavy imports ---------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def without_heavy(tmp_path, program):
@@ -146,21 +138,18 @@ def test_a_missing_library_is_named_with_the_command_that_mends_it(tmp_path, pro
 
 
 @posix
-@pytest.mark.parametrize(("start", "flags"), [
-    ("python refrag.py", []), ("python refrag.py", ["--json"]), ("refrag", ["--json"])], ids=str)
-def test_ctrl_c_while_the_libraries_load(tmp_path, program, start, flags):
+@pytest.mark.parametrize("start", STARTS)
+def test_ctrl_c_while_the_libraries_load(tmp_path, program, start):
     """They take seconds, which is when a person notices a mistake. The first one imported sends the interrupt."""
     (tmp_path / "bm25s.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    done = program("doctor", *flags, start=start, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    done = program("doctor", "--json", start=start, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
-    assert not flags or json.loads(done.stdout)["error"]["code"] == 130
+    assert json.loads(done.stdout)["error"]["code"] == 130
 
 
 # ---- Flags ----------------------------------------------------------------------------------------------------------
 
-
 def value_of(name: str, argv: list[str]) -> object:
-    """The value an option has after parsing a command line."""
     return next(getattr(config, name) for config in refrag.parse(argv)[1] if hasattr(config, name))
 
 
@@ -213,17 +202,14 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(run, argv, told):
 
 # ---- Flag, environment, file, default -------------------------------------------------------------------------------
 
-
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch):
-    """The environment holds no option."""
     for name in [n for n in os.environ if n.startswith("REFRAG_")]:
         monkeypatch.delenv(name)
 
 
 @pytest.fixture
 def toml(write):
-    """Write a TOML file; returns its path."""
     return lambda text: str(write("refrag.toml", text))
 
 
@@ -283,7 +269,6 @@ def test_numbers_stand_between_spaces_or_commas_everywhere(words, monkeypatch, t
     ({"REFRAG_TOPK": ""}, "argument --topk: '' is not a whole number"),
     ({"REFRAG_QUIET": "perhaps"}, "argument --quiet: 'perhaps' is not true or false")], ids=str)
 def test_a_bad_stored_value_is_refused_with_the_place_where_it_stands(run, toml, monkeypatch, stored, told):
-    """A file that is missing, or that is no text, as well."""
     for variable, text in stored.items() if isinstance(stored, dict) else ():
         monkeypatch.setenv(variable, text)
     path = toml(stored) if isinstance(stored, str | bytes) else None if stored else "missing.toml"
@@ -310,7 +295,6 @@ def test_every_option_can_be_set_in_a_file(toml, name):
 
 # ---- Results and errors ---------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize(("argv", "code"), [
     (["search", "--topk", "0"], 2), (["search", "--tpk", "3"], 2), ([], 2),
     (["export", "--out_dir", "x" * 300, "--question", "q"], 2),  # it cannot even be looked at
@@ -323,13 +307,6 @@ def test_json_errors_are_one_object_on_stdout_and_one_line_on_stderr(refused, ru
     assert debug.startswith("Traceback") and debug.endswith(f"{message}\n")
     monkeypatch.setenv("REFRAG_JSON", "1")
     assert json.loads(run(*argv)[1]) == {"error": {"code": code, "message": message}}
-
-
-@posix
-def test_an_argument_that_is_no_utf8_is_refused_like_any_other(program):
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
-    done = program("search", "--json", "--config", os.fsdecode(b"\xff"), env=environment)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and json.loads(done.stdout)["error"]["code"] == 2
 
 
 @given(st.text(st.characters(), max_size=20))
@@ -362,7 +339,6 @@ refrag.leave(7)
 
 # ---- Streams whose reader has gone, or that were closed, and odd surroundings ---------------------------------------
 
-
 def unread(stream: str, *argv: object, unbuffered: str = "") -> tuple[int, str]:
     """Exit code and other stream of the program, when nobody reads its stdout or stderr any more, as with `| head`."""
     process = subprocess.Popen([sys.executable, refrag.__file__, *map(str, argv)], stdout=subprocess.PIPE, text=True,
@@ -373,25 +349,17 @@ def unread(stream: str, *argv: object, unbuffered: str = "") -> tuple[int, str]:
 
 
 @posix
-def test_an_index_is_built_though_nobody_reads_stderr(tmp_path, corpus, embedder, llama):
-    code, out = unread("stderr", "index", "--corpus", corpus, "--index_dir", tmp_path / "index", "--embed_model",
-                       embedder, "--dec", llama, "--max_passage_tokens", 300, "--json")
-    assert code == 0 and json.loads(out)["passages"] >= 6 and (tmp_path / "index" / "manifest.json").is_file()
-
-
-@posix
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_help_and_errors_for_a_reader_that_has_gone(unbuffered):
-    assert unread("stdout", "--help", unbuffered=unbuffered) == (0, "")
-    assert unread("stdout", "search", "--json", "--topk", "0", unbuffered=unbuffered) == (
-        2, "error: --topk must be 1 or more, got 0\n")
-
-
-@posix
-def test_results_for_a_reader_that_has_gone(forks, index_dir):
+def test_indexing_results_help_and_errors_for_a_reader_that_has_gone(forks, tmp_path, corpus, index_dir, llama):
+    code, out = unread("stderr", "index", "--corpus", corpus, "--index_dir", tmp_path / "index", "--retriever", "bm25",
+                       "--dec", llama, "--json")
+    assert code == 0 and json.loads(out)["passages"] == 6 and (tmp_path / "index" / "manifest.json").is_file()
+    for unbuffered in ("", "1"):
+        assert unread("stdout", "--help", unbuffered=unbuffered) == (0, "")
+        assert unread("stdout", "search", "--json", "--topk", "0", unbuffered=unbuffered) == (
+            2, "error: --topk must be 1 or more, got 0\n")
     found = ["search", "--index_dir", str(index_dir), "--question", "bridges", "--retriever", "bm25"]
-    unread = "import os; reading, writing = os.pipe(); os.close(reading); os.dup2(writing, 1);"
-    assert (forks.run(["-c", f"{unread} refrag.leave(refrag.main({found!r}))"]), forks.err) == (0, "")
+    closed = "import os; reading, writing = os.pipe(); os.close(reading); os.dup2(writing, 1);"
+    assert (forks.run(["-c", f"{closed} refrag.leave(refrag.main({found!r}))"]), forks.err) == (0, "")
 
 
 def test_what_stdout_can_not_spell_does_not_end_the_work(monkeypatch, done, write, tmp_path, llama):
@@ -403,31 +371,31 @@ def test_what_stdout_can_not_spell_does_not_end_the_work(monkeypatch, done, writ
     assert "\u6771\u4eac towers" in shown.getvalue().decode()
 
 
-def in_shell(words: str, *argv: str) -> subprocess.CompletedProcess:
-    """Run the program by a shell. words: what stands after the command."""
-    return subprocess.run(["sh", "-c", f'"$0" "$@" {words}', sys.executable, refrag.__file__, *argv], text=True,
-                          capture_output=True, timeout=120)
-
-
 @posix
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize(("argv", "code"), [("--help", 0), ("search --topk 0 --json", 2)])
-def test_streams_that_were_closed_before_the_start(closed, argv, code):
-    done = in_shell(closed, *argv.split())
-    assert done.returncode == code
-    assert done.stderr == ("error: --topk must be 1 or more, got 0\n" if code and "2>" not in closed else "")
+def test_streams_that_were_closed_before_the_start(tmp_path, index_dir):
+    """Files opened later must not get the number of a closed stdout."""
+    def in_shell(words: str, *argv: str) -> tuple[int, str]:
+        done = subprocess.run(["sh", "-c", f'"$0" "$@" {words}', sys.executable, refrag.__file__, *argv], text=True,
+                              capture_output=True, timeout=120)
+        return done.returncode, done.stderr
 
-
-@posix
-def test_what_is_written_to_a_closed_stdout_goes_to_no_file(tmp_path, index_dir):
-    """Files opened later must not get its number."""
+    for closed in (">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"):
+        assert in_shell(closed, "--help") == (0, "")
+        told = "error: --topk must be 1 or more, got 0\n" if "2>" not in closed else ""
+        assert in_shell(closed, "search", "--topk", "0", "--json") == (2, told)
     (tmp_path / "q.jsonl").write_text('{"question": "bridges"}\n')
-    done = in_shell(">&- 2>&-", "search", "--index_dir", str(index_dir), "--questions", str(tmp_path / "q.jsonl"))
-    assert done.returncode == 0 and (tmp_path / "q.jsonl").read_text() == '{"question": "bridges"}\n'
+    argv = ["search", "--index_dir", str(index_dir), "--questions", str(tmp_path / "q.jsonl")]
+    assert in_shell(">&- 2>&-", *argv)[0] == 0 and (tmp_path / "q.jsonl").read_text() == '{"question": "bridges"}\n'
 
 
 @posix
-def test_a_current_folder_that_is_gone(tmp_path, monkeypatch, run):
+def test_names_that_are_no_utf8_and_a_current_folder_that_is_gone(tmp_path, monkeypatch, run, program, index_dir):
+    folder = shutil.copytree(index_dir, tmp_path / os.fsdecode(b"index\xff"))
+    code, out, err = run("search", "--index_dir", folder, "--question", "bridges", "--retriever", "bm25", "--json")
+    assert (code, err, out.count("\n")) == (0, "", 1) and json.loads(out)["question"] == "bridges"
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = program("search", "--json", "--config", os.fsdecode(b"\xff"), env=environment)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and json.loads(done.stdout)["error"]["code"] == 2
     folder = tmp_path / "gone"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -435,14 +403,6 @@ def test_a_current_folder_that_is_gone(tmp_path, monkeypatch, run):
     code, out, err = run("doctor")
     assert (code, out) == (2, "") and err.startswith("error: the current folder: No such file or directory: ")
     monkeypatch.chdir(tmp_path)
-
-
-@posix
-def test_an_index_whose_name_is_no_utf8(index_dir, tmp_path, run):
-    folder = tmp_path / os.fsdecode(b"index\xff")
-    shutil.copytree(index_dir, folder)
-    code, out, err = run("search", "--index_dir", folder, "--question", "bridges", "--retriever", "bm25", "--json")
-    assert (code, err, out.count("\n")) == (0, "", 1) and json.loads(out)["question"] == "bridges"
 
 
 # ---- What a terminal is shown ---------------------------------------------------------------------------------------
@@ -472,11 +432,10 @@ def hostile(write, tmp_path, done, llama):
 
 
 def obeyed(text: str) -> set[str]:
-    """The characters of HOSTILE that a text holds as they are."""
     return set(HOSTILE) & set(text) - set("[2Jred evil31mn")
 
 
-def test_search_and_errors_show_control_characters_and_json_keeps_them(run, hostile):
+def test_people_are_shown_control_characters_and_json_keeps_them(run, hostile, llama, monkeypatch):
     _, out, err = run("search", *hostile)
     assert obeyed(out + err) == set() and out.count("\\x1b[2J") == 4 and "\\u202eevil" in out
     passage = json.loads(run("search", *hostile, "--json")[1])["passages"][0]
@@ -484,9 +443,6 @@ def test_search_and_errors_show_control_characters_and_json_keeps_them(run, host
     code, out, err = run("search", "--index_dir", f"no{HOSTILE[:-1]}", "--question", "q", "--json")
     assert code == 2 and obeyed(err) == set() and err.count("\n") == 1
     assert "\u202e" in json.loads(out)["error"]["message"]
-
-
-def test_an_answer_its_prompt_and_a_conversation_show_control_characters(run, hostile, llama, monkeypatch):
     monkeypatch.setattr(refrag.TextStream, "__call__", lambda self, tokens, final=False: self.write(HOSTILE))
     common = ["generate", *hostile, "--dec", llama, "--max_new", 2, "--show_prompt", "--explain"]
     for more in ([], ["--no_stream"], ["--p", "1"]):
@@ -499,7 +455,6 @@ def test_an_answer_its_prompt_and_a_conversation_show_control_characters(run, ho
 
 
 # ---- TREC -----------------------------------------------------------------------------------------------------------
-
 
 def trec(*results: tuple[str, list[str]]) -> str:
     """The TREC run of questions, each with the ids of its documents, best first."""

@@ -15,8 +15,6 @@ CPU = torch.device("cpu")
 
 
 class ExactMatrix:
-    """In the place of the others: the same product without rounding."""
-
     kind = "exact"
 
     def __init__(self, weight, bias=None, columns=None):
@@ -97,23 +95,20 @@ def test_the_product_of_a_matrix_in_sixteen_levels(matrix, lost, rows):
     assert got.shape == expected.shape and (got - expected).norm() / expected.norm() < lost
 
 
-@pytest.mark.parametrize("rounded", [torch.float32, torch.bfloat16])
-def test_sixteen_levels_are_known(monkeypatch, rounded):
+def test_sixteen_levels_are_known(monkeypatch):
     """4 bits are taken only if nothing is lost and the kernel is fast."""
     def kind(weight):
         return cpu_engine.smallest_matrix(weight).kind
 
     weight = in_sixteen_levels((32, 64)) * 1e-2
-    assert kind(weight.to(rounded).float()) == "int4" and kind(torch.randn(32, 64)) == "int8"
+    assert kind(weight) == kind(weight.bfloat16().float()) == "int4" and kind(torch.randn(32, 64)) == "int8"
     assert kind(in_sixteen_levels((24, 32))) == kind(torch.zeros(16, 48)) == "int8"  # rows, columns in no groups
     between = weight.clone()
     between[20, 40] += 0.3 * (weight[20].max() - weight[20].min()) / 15  # one weight between two levels
     assert kind(between) == "int8"
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert kind(weight) == "int8"
-
-
-def test_a_constant_group_is_held():
+    # a constant group is held
     weight = in_sixteen_levels((16, 64))
     weight[3, 32:] = 0.25
     weight[4] = 0
@@ -127,20 +122,16 @@ def decoder(stepped):
     return refrag.load_decoder(str(stepped), CPU, torch.float32)
 
 
-@pytest.mark.parametrize(("lengths", "room"), [((7,), 12), ((5, 9, 2), 12), ((6,), 1)])
-def test_without_rounding_the_steps_are_the_decoders(decoder, exact, lengths, room):
-    """Alone, padded in a batch, and past the room that was made."""
-    expected, got = step_both(decoder, cpu_engine.Stepper(decoder), lengths, 6, room)
-    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
-
-
-def test_a_sequence_that_has_ended_is_hidden_from_the_rest(decoder, exact):
-    expected, got = step_both(decoder, cpu_engine.Stepper(decoder), (4, 4), 3, 8, torch.tensor([True, False]))
-    torch.testing.assert_close(got[:, 0], expected[:, 0], rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize(("lengths", "room", "alive"), [((7,), 12, None), ((5, 9, 2), 12, None), ((6,), 1, None),
+                                                        ((4, 4), 8, torch.tensor([True, False]))])
+def test_without_rounding_the_steps_are_the_decoders(decoder, exact, lengths, room, alive):
+    """Alone, padded in a batch, past the room that was made, and beside a sequence that has ended."""
+    expected, got = step_both(decoder, cpu_engine.Stepper(decoder), lengths, 6, room, alive)
+    rows = slice(None) if alive is None else alive
+    torch.testing.assert_close(got[:, rows], expected[:, rows], rtol=1e-3, atol=1e-4)
 
 
 def in_levels(decoder, ending):
-    """The decoder with some of its weights in sixteen levels."""
     for name, parameter in decoder.named_parameters():
         if name.endswith(ending):
             parameter.data = in_sixteen_levels(parameter.shape, len(name)) * 0.1
@@ -164,20 +155,16 @@ def test_layers_that_were_changed_are_kept_in_8_bits(decoder):
 
 
 def test_only_decoders_that_it_computes_exactly(any_decoder):
+    """torch's kernel takes sixteen columns at once and does not look whether so many are left."""
     decoder = refrag.load_decoder(str(any_decoder), CPU, torch.float32)
     assert cpu_engine.Stepper.fits(decoder) == (decoder.config.model_type in ("llama", "qwen2"))
-
-
-@pytest.mark.parametrize(("size", "fits"), [(48, True), (40, False)])
-def test_widths_that_the_kernel_can_not_read_do_not_fit(size, fits):
-    """torch's kernel takes sixteen columns at once and does not look whether so many are left."""
-    config = transformers.LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=size, num_hidden_layers=1,
-                                      num_attention_heads=4)
-    assert cpu_engine.Stepper.fits(transformers.LlamaForCausalLM(config)) == fits
+    for size, fits in ((48, True), (40, False)):
+        config = transformers.LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=size, num_hidden_layers=1,
+                                          num_attention_heads=4)
+        assert cpu_engine.Stepper.fits(transformers.LlamaForCausalLM(config)) == fits
 
 
 def test_the_engine_can_be_chosen(llama, tmp_path, tokenizers, done, refused):
-    """But for a decoder that it does not compute."""
     ask = ["generate", "--prompt", "Where? <doc id='a'>Seven bridges.</doc> Say:", "--gate", "random", "--max_new", 3,
            "--dec"]
     for engine, used in (("model", "model"), ("int8", "int8"), ("int4", "int4"), ("auto", "int8")):

@@ -37,7 +37,6 @@ def read(*paths: object, sources: dict[str, str] | None = None, **options: objec
 
 
 def fault(*paths: object, by: Callable = read, **options: object) -> str:
-    """What is said of a corpus, or of questions, that are refused."""
     with pytest.raises(refrag.UserError) as caught:
         by(*paths, **options)
     return str(caught.value)
@@ -46,12 +45,8 @@ def fault(*paths: object, by: Callable = read, **options: object) -> str:
 @pytest.fixture
 def write(write):
     """Write a file of bytes or text, zipped if its name ends in .gz; returns its path."""
-
-    def call(name: str, content: bytes | str) -> Path:
-        raw = content.encode() if isinstance(content, str) else content
-        return write(name, gzip.compress(raw) if name.lower().endswith(".gz") else raw)
-
-    return call
+    return lambda name, content: write(name, content if not name.lower().endswith(".gz") else gzip.compress(
+        content.encode() if isinstance(content, str) else content))
 
 
 @pytest.fixture
@@ -60,7 +55,6 @@ def stdin(monkeypatch):
 
 
 # ---- Text, one passage per line -------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("name", ["c.txt", "c.txt.gz"])
 def test_text_lines_are_passages_with_file_and_line_as_ids(write, tmp_path, name):
@@ -92,7 +86,7 @@ def test_every_line_that_is_not_blank_is_read_and_nothing_else(tmp_path_factory,
 
 
 def utf16(text: str) -> tuple[bytes, bytes]:
-    """The text in UTF-16 with a byte order mark, little endian and big endian."""
+    """Little endian and big endian, with a byte order mark."""
     return codecs.BOM_UTF16_LE + text.encode("utf-16-le"), codecs.BOM_UTF16_BE + text.encode("utf-16-be")
 
 
@@ -104,7 +98,6 @@ def test_the_limit_counts_records_over_all_files_and_leaves_the_rest_unread(writ
 
 
 # ---- JSON lines -----------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.ndjson", "c.JSONL", "c.txt", "c.json", "C.TXT.GZ", "c"])
 def test_json_lines_under_any_name(write, name):
@@ -139,7 +132,6 @@ def test_a_bad_record_is_refused_with_file_and_line_or_skipped_and_counted(write
 
 # ---- Invalid UTF-8 --------------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize(("before", "bad"), [
     (b"", b"\xff"), (b"ab", b"\xffcd"), ("first é\nab".encode(), b"\xff"), (b"first\r\n\r\nthird ", b"\xe9t\xe9"),
     (b"ab", b"\xe2\x82"),  # cut inside a character
@@ -156,7 +148,6 @@ def test_invalid_utf8_is_refused_with_its_line(write, name, before, bad):
 
 
 def test_invalid_utf8_is_replaced_or_skipped_and_counted_by_line(write, tmp_path):
-    """Or by document, in a folder of them."""
     path = write("c.txt", b"good\nb\xffd \xfe\nx\xff\nlast")
     got = read(path, errors="replace")
     assert got.texts == ["good", "b\ufffdd \ufffd", "x\ufffd", "last"]
@@ -184,9 +175,7 @@ def test_invalid_utf16_is_refused_skipped_or_replaced(write, name, order, half):
 
 # ---- Gzip -----------------------------------------------------------------------------------------------------------
 
-
 def damaged_gzip(how: str) -> bytes:
-    """A gzip file of many lines with some damage."""
     raw = bytearray(gzip.compress("".join(f"passage {i * i}\n" for i in range(2000)).encode(), mtime=0))
     if how == "truncated":
         return bytes(raw[: len(raw) // 2])
@@ -199,11 +188,11 @@ def damaged_gzip(how: str) -> bytes:
     return bytes(raw)
 
 
-@pytest.mark.parametrize("how", ["truncated", "plain", "checksum", "length", "stream"])
-def test_a_damaged_gzip_file_is_corrupt(tmp_path, how):
-    (tmp_path / "c.txt.gz").write_bytes(damaged_gzip(how))
-    with pytest.raises(refrag.CorruptError, match=r"c\.txt\.gz: not a complete gzip file"):
-        read(tmp_path / "c.txt.gz")
+def test_a_damaged_gzip_file_is_corrupt(tmp_path):
+    for how in ("truncated", "plain", "checksum", "length", "stream"):
+        (tmp_path / f"{how}.txt.gz").write_bytes(damaged_gzip(how))
+        with pytest.raises(refrag.CorruptError, match=rf"{how}\.txt\.gz: not a complete gzip file"):
+            read(tmp_path / f"{how}.txt.gz")
 
 
 # ---- Arrays, objects and prose --------------------------------------------------------------------------------------
@@ -214,7 +203,6 @@ RECORDS = [{"id": "a", "text": "one\n\ntwo", "year": 1990}, {"contents": "three"
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("name", ["c.json", "c.txt", "c.JSON.gz"])
 def test_an_array_of_objects_or_one_object(write, name, indent):
-    """A record without an id has its number in the array."""
     got = read(write(name, BOM + json.dumps(RECORDS, indent=indent).encode()))
     assert [(r.id, r.text, r.metadata) for r in got.records] == [
         ("a", "one\n\ntwo", {"path": name, "year": 1990}), (f"{name}:2", "three", {"path": name})]
@@ -245,8 +233,7 @@ def test_what_a_suffix_calls_json_is_never_prose(write, name, text, told):
     ({"_id": "x", "id": "i", "body": "b"}, "i", "b", {"_id": "x"}),
     ({"passage": "p", "body": "b", "contents": "c"}, "c.jsonl:1", "c", {"body": "b", "passage": "p"}),
     ({"text": "b", "metadata": {"page": 3, "url": "u"}, "url": "v"}, "c.jsonl:1", "b", {"page": 3, "url": "v"}),
-    ({"text": "b", "metadata": "m", "half": "\ud800"}, "c.jsonl:1", "b", {"metadata": "m", "half": "\ud800"}),
-])
+    ({"text": "b", "metadata": "m", "half": "\ud800"}, "c.jsonl:1", "b", {"metadata": "m", "half": "\ud800"})])
 def test_the_fields_of_a_record(write, record, identifier, text, metadata):
     [got] = read(write("c.jsonl", json.dumps(record))).records
     assert (got.id, got.text) == (identifier, text)
@@ -254,7 +241,6 @@ def test_the_fields_of_a_record(write, record, identifier, text, metadata):
 
 
 # ---- Tables ---------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(("name", "separator"), [("c.csv", ","), ("c.TSV", "\t"), ("c.Csv.gz", ";")])
 def test_a_table_with_a_header(write, name, separator):
@@ -274,24 +260,18 @@ def test_a_cell_is_read(write, name, content, text):
     assert read(write(name, content)).texts == [text]
 
 
-@pytest.mark.parametrize(("text", "told"), [
-    ("id,Titel\n1,x\n", ":1: no text (nor contents, body, passage) among its keys: id, Titel"),
-    ("some line of prose\n", ":1: no text (nor contents, body, passage) among its keys: some line of prose"),
-    ('text,n\nb,1\n"open,2\n', ":3: malformed table"), ('text\n"a" b\n', ":2: malformed table")])
-def test_a_table_that_can_not_be_read(write, text, told):
-    path = write("c.csv", text)
-    assert fault(path).startswith(f"{path}{told}")
-
-
-def test_bad_rows_of_a_table(write):
-    path = write("c.csv", 'text,n\na,1\nb, with a comma,2\n,3\n"two" bad,4\nd,5\n')
-    assert fault(path).startswith(f"{path}:3: 3 cells, but the header has 2")
+def test_a_table_that_can_not_be_read_and_bad_rows_of_one(write):
+    for text, told in (("id,Titel\n1,x\n", ":1: no text (nor contents, body, passage) among its keys: id, Titel"),
+                       ("some prose\n", ":1: no text (nor contents, body, passage) among its keys: some prose"),
+                       ('text,n\nb,1\n"open,2\n', ":3: malformed table"), ('text\n"a" b\n', ":2: malformed table"),
+                       ('text,n\na,1\nb, with a comma,2\n,3\n"two" bad,4\nd,5\n', ":3: 3 cells, but the header")):
+        path = write("c.csv", text)
+        assert fault(path).startswith(f"{path}{told}"), text
     got = read(path, errors="skip")
     assert (got.texts, got.ids, got.skipped) == (["a", "d"], ["c.csv:2", "c.csv:6"], 3)
 
 
 # ---- Ids ------------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(("named", "inside", "ids"), [
     (["a/notes.txt", "b/notes.txt", "b/a/notes.txt"], [""] * 3, ["notes.txt:1", "b/notes.txt:1", "a/notes.txt:1"]),
@@ -305,7 +285,6 @@ def test_ids_begin_with_as_much_of_the_path_as_tells_files_apart(write, tmp_path
 
 
 def test_a_source_keeps_its_label(write, tmp_path, monkeypatch):
-    """Whichever comes first, alone or with others, and however its path is spelled."""
     first, second, third = (write(f"{name}/part.jsonl", '{"text": "t"}') for name in "abc")
     got = read(first)
     assert got.ids == ["part.jsonl:1"]
@@ -317,7 +296,6 @@ def test_a_source_keeps_its_label(write, tmp_path, monkeypatch):
 
 
 # ---- Folders --------------------------------------------------------------------------------------------------------
-
 
 def test_a_folder_holds_a_document_per_text_file_and_records(write, tmp_path, capsys):
     for name, content in {
@@ -386,18 +364,12 @@ def test_skipping_keeps_what_can_be_read(write, tmp_path, capsys):
 def test_a_file_without_permission_is_left_out(write, tmp_path, capsys, monkeypatch):
     write("docs/b.txt", b"good")
     secret, open_file = write("docs/a.txt", b"secret"), Path.open
-
-    def refuse(path, *args):
-        if path == secret:
-            raise PermissionError(13, "Permission denied", str(path))
-        return open_file(path, *args)
-
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "open", lambda path, *args: open_file(path, *args) if path != secret else (
+        _ for _ in ()).throw(PermissionError(13, "Permission denied", str(path))))
     assert read(tmp_path / "docs").texts == ["good"] and "Permission denied" in capsys.readouterr().err
 
 
 # ---- Standard input -------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(("content", "found"), [
     (b"one\r\n\n" + CJK.encode() + b"\n", {"stdin:1": "one", "stdin:3": CJK}),
@@ -405,7 +377,6 @@ def test_a_file_without_permission_is_left_out(write, tmp_path, capsys, monkeypa
     *((start + b'{"id": "a", "text": "one"}\n{"id": "b", "text": "two"}\n', {"a": "one", "b": "two"})
       for start in (b"", BOM, b"\n \n"))])
 def test_standard_input(stdin, content, found):
-    """It is another source each time."""
     stdin(content)
     first = read("-")
     assert dict(zip(first.ids, first.texts, strict=True)) == found
@@ -417,7 +388,6 @@ def test_standard_input(stdin, content, found):
 
 # ---- Splitting ------------------------------------------------------------------------------------------------------
 
-
 @st.composite
 def tokenised(draw):
     """(text, token_ends): a text cut into tokens at random places. The white space at its end belongs to no token."""
@@ -426,15 +396,11 @@ def tokenised(draw):
     return text, sorted(bounds)
 
 
-def tokens_inside(ends: list[int], span: tuple[int, int]) -> list[int]:
-    return [i for i, end in enumerate(ends) if span[0] < end <= span[1]]
-
-
 @given(tokenised(), st.integers(1, 12), st.integers(0, 6))
 def test_pieces_cover_the_text_in_order_and_hold_at_most_size_tokens(case, size, overlap):
     (text, ends), overlap = case, min(overlap, size // 2)
     spans = split_spans(text, ends, size, overlap)
-    tokens = [set(tokens_inside(ends, span)) for span in spans]
+    tokens = [{i for i, end in enumerate(ends) if first < end <= last} for first, last in spans]
     assert spans[0][0] == 0 and spans[-1][1] == len(text)
     assert all(start < end for start, end in spans) and max(map(len, tokens)) <= size
     for before, after in itertools.pairwise(spans):
@@ -449,7 +415,7 @@ def test_pieces_cover_the_text_in_order_and_hold_at_most_size_tokens(case, size,
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 12), st.integers(0, 6))
 def test_tokens_without_characters_do_no_harm(widths, size, overlap):
     """A byte-level tokenizer spells one character in several tokens, which all end at the same place."""
-    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+    ends = list(itertools.accumulate(widths))
     text = "x" * ends[-1]
     spans = split_spans(text, ends, size, min(overlap, size // 2))
     assert (spans[0][0], spans[-1][1]) == (0, len(text)) and len(spans) <= len(widths)
@@ -480,12 +446,16 @@ def test_a_piece_ends_after_a_sentence_in_its_last_quarter(text, size, overlap, 
 
 # ---- Questions ------------------------------------------------------------------------------------------------------
 
-
 def ask(question: str | None = None, questions: object = None) -> list[dict]:
     return refrag.read_questions(refrag.QuestionConfig(question, None if questions is None else str(questions)))
 
 
-def test_one_question():
+@pytest.mark.parametrize("name", ["q.jsonl", "q.jsonl.gz"])
+def test_one_question_or_a_file_of_them(write, name):
+    """A missing id is the number of the question; ids become strings; other fields are kept."""
+    path = write(name, BOM + b'{"question": "Who?"}\r\n\n{"id": 7, "question": "When?", "answers": ["1896"]}\n')
+    assert ask(questions=path) == [{"id": "1", "question": "Who?"},
+                                   {"id": "7", "question": "When?", "answers": ["1896"]}]
     assert ask("Who?") == [{"id": "1", "question": "Who?"}]
     for both_or_none in ({}, {"question": "Who?", "questions": "q.jsonl"}):
         assert fault(by=ask, **both_or_none).startswith("name one of --question and --questions")
@@ -495,23 +465,10 @@ def test_one_question():
     assert fault(by=ask, questions="nowhere.jsonl").startswith("--questions nowhere.jsonl: no such file")
 
 
-@pytest.mark.parametrize("name", ["q.jsonl", "q.jsonl.gz"])
-def test_a_file_of_questions(write, name):
-    """A missing id is the number of the question; ids become strings; other fields are kept."""
-    path = write(name, BOM + b'{"question": "Who?"}\r\n\n{"id": 7, "question": "When?", "answers": ["1896"]}\n')
-    assert ask(questions=path) == [{"id": "1", "question": "Who?"},
-                                   {"id": "7", "question": "When?", "answers": ["1896"]}]
-
-
-QUERY_FILES = [
-    '{"_id": "q1", "text": "Who?", "metadata": {}}\n{"_id": 2, "query": "When?", "text": "a context"}',
-    '[{"id": "q1", "question": "Who?"}, {"question": "When?"}]',
-    "query,id\nWho?,q1\nWhen?,\n", "Who?\n\n When? \n",
-]
-
-
 @pytest.mark.parametrize(("name", "text"), [
-    *zip(["q.jsonl", "q.json", "q.csv", "q.txt"], QUERY_FILES, strict=True)])
+    ("q.jsonl", '{"_id": "q1", "text": "Who?", "metadata": {}}\n{"_id": 2, "query": "When?", "text": "a context"}'),
+    ("q.json", '[{"id": "q1", "question": "Who?"}, {"question": "When?"}]'),
+    ("q.csv", "query,id\nWho?,q1\nWhen?,\n"), ("q.txt", "Who?\n\n When? \n")])
 def test_questions_of_other_forms(write, stdin, name, text):
     """Those of BEIR as they are; the number of a question is the id of one that has none. Also on stdin."""
     expected = [("1" if name == "q.txt" else "q1", "Who?"), ("2", "When?")]
@@ -538,7 +495,6 @@ def test_a_bad_question_is_refused_with_its_place(write, stdin, line, told):
 
 # ---- Names of files -------------------------------------------------------------------------------------------------
 
-
 def test_a_part_of_a_folder_is_read_once_in_any_order_and_keeps_its_ids(write, tmp_path, monkeypatch):
     """Named by itself later, it is that folder's document and replaces it; what was a source of its own stays one."""
     write("docs/a.txt", "one\ntwo")
@@ -563,16 +519,15 @@ def test_markdown_is_one_document_also_by_itself(write):
     assert read(write("plan.v2.md", "## Plan\n")).records[0].title == "plan.v2"  # no heading of the whole
 
 
-@pytest.mark.parametrize("head", [b"%PDF-1.7\n", b"PK\x03\x04", b"\x89PNG\r\n", b"\xff\xd8\xff\xe0"])
-def test_a_file_that_is_no_text_is_refused_whatever_its_name(write, head):
-    for errors in ("strict", "replace"):
+def test_a_file_that_is_no_text_is_refused_whatever_its_name(write):
+    for head, errors in itertools.product((b"%PDF-1.7\n", b"PK\x03\x04", b"\x89PNG\r\n", b"\xff\xd8\xff\xe0"),
+                                          ("strict", "replace")):
         told = fault(write("a.txt", head + b"rest"), errors=errors)
         assert "a.txt is a PDF, picture, archive or office document" in told
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are text there")
 def test_names_that_are_no_utf8(tmp_path):
-    """They can be read, and what is said of them can be written."""
     (tmp_path / "docs").mkdir()
     for folder in (tmp_path, tmp_path / "docs"):
         with open(os.fsencode(folder) + b"/caf\xe9.txt", "w") as handle:

@@ -20,7 +20,6 @@ NAMED_ONCE = ("city", "river", "alloy", "surname", "university", "event", "place
 
 
 def load_script(name):
-    """A script of data/ as a module."""
     spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up there
@@ -60,16 +59,11 @@ def world():
 
 # ---- The generated files ---------------------------------------------------------------------------------------------
 
-
-def test_generating_again_gives_the_same_bytes(tmp_path):
+def test_corpora_are_generated_again_have_their_sizes_are_prefixes_and_repeat_nothing(tmp_path, corpora):
     make_corpus.main(["--out_dir", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(GENERATED)
     for name in GENERATED:
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), name
-
-
-def test_corpora_have_their_sizes_are_prefixes_and_repeat_nothing(corpora):
-    """And the promised lengths and languages."""
     lines = corpora["large"]
     assert {name: len(lines) for name, lines in corpora.items()} == SIZES
     assert (lines[:500], lines[:2000]) == (corpora["small"], corpora["medium"])
@@ -107,7 +101,6 @@ def test_articles_are_long_unique_and_about_things_in_no_corpus(world):
 
 # ---- The generator at other sizes ------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("size", [10, 20_000])
 def test_every_fact_is_in_one_passage_only(world, size):
     passages = [make_corpus.make_passage(world, index) for index in range(size)]
@@ -138,7 +131,6 @@ def test_a_bad_option_is_named_and_nothing_is_written(tmp_path, capsys, option, 
 
 
 # ---- The real sample -------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture(scope="module")
 def wiki():

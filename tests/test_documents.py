@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import re
 import sys
@@ -25,7 +26,6 @@ PROPERTIES = ('<cp:coreProperties xmlns:cp="{0}/package/2006/metadata/core-prope
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
-
 
 def pdf(*pages: str, title: str = "", locked: bool = False) -> bytes:
     """A PDF file with a line of text on each page; locked: no password opens it."""
@@ -60,7 +60,6 @@ def zipped(files: dict[str, str], claimed: int | None = None) -> bytes:
 
 
 def docx(*paragraphs: tuple[str, str], title: str = "", **how: int) -> bytes:
-    """A Word file of paragraphs (style, text)."""
     body = "".join(f'<w:p><w:pPr><w:pStyle w:val="{style}"/></w:pPr><w:r><w:t>{text}</w:t></w:r></w:p>'
                    for style, text in paragraphs)
     main = f"{OFFICE}/officeDocument/2006/relationships/officeDocument"
@@ -108,7 +107,6 @@ def xlsx(sheets: dict[str, list[list]], title: str = "") -> bytes:
 
 
 def epub(*chapters: str, title: str = "", more: dict[str, str] | None = None) -> bytes:
-    """A book of chapters, in XHTML."""
     items = "".join(f'<item id="c{n}" href="chapter%20{n}.xhtml"/>' for n in reversed(range(len(chapters))))
     spine = "".join(f'<itemref idref="c{n}"/>' for n in range(len(chapters)))
     return zipped({
@@ -141,17 +139,14 @@ FILES = {
 
 
 def read(*paths: object, **options: object) -> tuple[list[refrag.Record], dict[str, int]]:
-    """The records of a corpus, and the counts of what was skipped or ignored."""
     counts = {"skipped": 0, "replaced": 0}
     return list(read_corpus(refrag.CorpusConfig(tuple(map(str, paths)), **options), counts)), counts
 
 
 # ---- Text, titles and marks -----------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("name", FILES)
 def test_a_document_says_where_each_part_of_it_begins(write, name):
-    """Each part is asked for what it should hold."""
     [[got], _] = read(write(name, FILES[name]))
     assert (got.id, got.title, got.metadata["path"]) == (name, "Of rivers and bells", name)
     ends = [place for place, _ in got.marks[1:]] + [len(got.text)]
@@ -171,13 +166,12 @@ def test_a_document_says_where_each_part_of_it_begins(write, name):
         assert not re.search("http|Home|run|color|Of rivers", got.text)
 
 
-def test_the_lines_of_a_page_end_as_in_any_text(write):
+def test_the_lines_of_a_page_end_as_in_any_text_and_warnings_stay_inside(write, capfd, recwarn):
     assert read(write("a.pdf", pdf("one) Tj 0 -20 Td (two")))[0][0].text == "one\ntwo\n\n"
-
-
-def test_the_libraries_own_warnings_stay_inside(write, capfd, recwarn):
     found, _ = read(write("feed.html", '<?xml version="1.0"?><feed><p>text</p></feed>'))
     assert found[0].text == "text" and capfd.readouterr() == ("", "") and not recwarn.list
+    half = read(write("half.html", PAGE[: PAGE.index("More")]))[0][0]  # nothing in HTML says where it should end
+    assert RIVER in half.text
 
 
 def test_a_zipped_document_is_read_and_small_or_large_letters_are_the_same(write):
@@ -189,9 +183,9 @@ def test_a_zipped_document_is_read_and_small_or_large_letters_are_the_same(write
                                                 ("docs/c.txt", "c")]
 
 
-@pytest.mark.parametrize("title", ["", " ", "Untitled 1", "Microsoft Word - draft.doc", "report.docx"])
-def test_a_title_that_says_nothing_gives_way_to_the_name(write, title):
-    assert read(write("rivers.pdf", pdf(RIVER, title=title)))[0][0].title == "rivers"
+def test_a_title_that_says_nothing_gives_way_to_the_name(write):
+    for title in ("", " ", "Untitled 1", "Microsoft Word - draft.doc", "report.docx"):
+        assert read(write("rivers.pdf", pdf(RIVER, title=title)))[0][0].title == "rivers", title
 
 
 @pytest.mark.parametrize(("text", "headings"), [
@@ -226,25 +220,21 @@ def test_marks_of_any_markdown_ascend_and_lie_outside_of_fences(lines):
 
 # ---- Pieces ---------------------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(("span", "facts"), [
-    ((0, 5), {"page": 1}), ((2, 9), {"page": 1, "last_page": 2}), ((7, 9), {"page": 2}), ((5, 7), {"page": 1}),
-    ((8, 20), {"page": 2, "last_page": 4})])
-def test_the_facts_of_a_piece_are_those_of_its_first_and_last_character(span, facts):
+def test_the_facts_of_a_piece_are_those_of_its_first_and_last_character():
+    """What comes before the first heading has none. A piece begins and ends with a character that is seen."""
     marks = [(0, {"page": 1}), (7, {"page": 2}), (12, {"page": 4})]
     record = refrag.Record("a", "", "x" * 20, "", {"path": "a"}, marks)
-    assert json.loads(index.piece_facts(record, *span)) == {"path": "a"} | facts
-
-
-def test_a_piece_begins_and_ends_with_a_character_that_is_seen():
-    assert [index.trimmed("a\n\n b \n", *span) for span in ((1, 7), (0, 4), (3, 5))] == [(4, 5), (0, 1), (4, 5)]
-    assert len(range(*index.trimmed(" \n ", 0, 3))) == 0
-
-
-def test_what_comes_before_the_first_heading_has_none():
+    for span, facts in (((0, 5), {"page": 1}), ((2, 9), {"page": 1, "last_page": 2}), ((7, 9), {"page": 2}),
+                        ((5, 7), {"page": 1}), ((8, 20), {"page": 2, "last_page": 4})):
+        assert json.loads(index.piece_facts(record, *span)) == {"path": "a"} | facts
     record = refrag.Record("a", "", "intro\n# A", "", {}, [(6, {"heading": "A"})])
     assert index.piece_facts(record, 0, 5) == index.piece_facts(record, 0, 9) == ""
     assert json.loads(index.piece_facts(record, 6, 9)) == {"heading": "A"}
+    assert [index.trimmed("a\n\n b \n", *span) for span in ((1, 7), (0, 4), (3, 5))] == [(4, 5), (0, 1), (4, 5)]
+    assert len(range(*index.trimmed(" \n ", 0, 3))) == 0
+    records = [refrag.Record(str(n), "", "x" * n, "", {}) for n in (3, 3, 9, 1, 1)]  # long ones are cut one by one
+    assert [[len(r.text) for r in block] for block in index.in_blocks(records, 5)] == [[3, 3], [9], [1, 1]]
+    assert [len(block) for block in index.in_blocks(records * 100)] == [256, 244]
 
 
 @pytest.mark.parametrize(("identifier", "metadata", "source"), [
@@ -257,12 +247,6 @@ def test_what_comes_before_the_first_heading_has_none():
 def test_the_source_of_a_passage(identifier, metadata, source):
     passage = refrag.Passage(0, identifier, 2, "", "text", json.dumps(metadata) if metadata else "")
     assert passage.source == passage.to_json()["source"] == source
-
-
-def test_long_documents_are_cut_one_by_one():
-    records = [refrag.Record(str(n), "", "x" * n, "", {}) for n in (3, 3, 9, 1, 1)]
-    assert [[len(r.text) for r in block] for block in index.in_blocks(records, 5)] == [[3, 3], [9], [1, 1]]
-    assert [len(block) for block in index.in_blocks(records * 100)] == [256, 244]
 
 
 # ---- Damage ---------------------------------------------------------------------------------------------------------
@@ -285,8 +269,7 @@ BROKEN = {
     "locked.epub": (epub(f"<p>{RIVER}</p>", more=LOCK), 2, "is copy-protected"),
     "blank.docx": (docx(), 2, "holds no text"), "blank.xlsx": (xlsx({"A": []}), 2, "holds no text"),
     "blank.html": (b"<html><script>1</script></html>", 2, "holds no text"), "blank.pptx": (pptx(), 2, "holds no text"),
-    "bomb.docx": (docx(("Normal", RIVER), claimed=3 << 30), 2, "holds 3,072 MiB of XML"),
-}
+    "bomb.docx": (docx(("Normal", RIVER), claimed=3 << 30), 2, "holds 3,072 MiB of XML")}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -305,21 +288,11 @@ def test_a_broken_document_is_named_and_skipped_or_ends_the_run(write, name, cap
         assert err.startswith(f"skipped: {path}") and told in err and err.count("\n") == 1
 
 
-def test_half_of_a_page_is_a_page(write):
-    """Nothing in HTML says where it should end."""
-    assert RIVER in read(write("half.html", PAGE[: PAGE.index("More")]))[0][0].text
-
-
 # ---- Without the extra ----------------------------------------------------------------------------------------------
 
-
-@pytest.fixture
-def without_extra(monkeypatch):
-    """One of its libraries is not installed."""
+def test_without_the_extra_a_folder_names_what_it_lacks(write, refused, tmp_path, monkeypatch, capsys):
+    """One of its libraries is not installed. A document that is named ends the run."""
     monkeypatch.setitem(sys.modules, "pypdfium2", None)
-
-
-def test_without_the_extra_a_folder_names_what_it_lacks(without_extra, write, capsys):
     for name in FILES:
         write(f"docs/{name}", FILES[name])
     found, counts = read(write("docs/b.pdf", FILES["a.pdf"]).parent)
@@ -327,23 +300,16 @@ def test_without_the_extra_a_folder_names_what_it_lacks(without_extra, write, ca
     assert capsys.readouterr().err == (
         "documents that were not read: 2 .pdf, 1 .docx, 1 .pptx, 1 .xlsx, 1 .epub, 1 .html, 1 .htm: "
         "pip install 'refrag[docs]'\n")
-
-
-@pytest.mark.parametrize("name", ["docs/a.pdf", "docs/a.html", "docs"])
-def test_without_the_extra_a_document_that_is_named_ends_the_run(without_extra, write, refused, tmp_path, name):
-    write("docs/a.pdf", FILES["a.pdf"])
-    write("docs/a.html", PAGE)
-    for how in ((), ("--errors", "skip")):
-        told = refused(3, "index", "--corpus", tmp_path / name, "--index_dir", tmp_path / "index", *how)
+    build = ["index", "--index_dir", tmp_path / "index", "--corpus"]  # it can read a.md, but the others might be there
+    assert "would delete documents" in refused(3, *build, tmp_path / "docs", "--sync")
+    (tmp_path / "docs/a.md").unlink()
+    for name, how in itertools.product(("docs/a.pdf", "docs/a.html", "docs"), ((), ("--errors", "skip"))):
+        told = refused(3, *build, tmp_path / name, *how)
         assert told.endswith("documents are missing: pip install 'refrag[docs]'") and name in told
-    write("docs/a.md", "Text.")  # this one can be read, but the others might be in the index
-    assert "would delete documents" in refused(3, "index", "--corpus", tmp_path / "docs", "--index_dir",
-                                               tmp_path / "index", "--sync")
     assert not (tmp_path / "index").exists()
 
 
 # ---- In an index ----------------------------------------------------------------------------------------------------
-
 
 def test_an_index_follows_its_documents_and_cites_them_by_page(write, done, run, tmp_path, llama):
     """Sync twice: the second does nothing. A PDF that got shorter leaves nothing behind."""

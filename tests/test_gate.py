@@ -21,47 +21,36 @@ def chunks_of(texts, docs=None, question="", vectors=None, query=None, idf=lambd
                             prompt=None, decoder=None, seed=seed)
 
 
-def test_cosine_scores_golden():
-    """(3, 4) against (1, 0): 3/5, whatever the lengths; a vector of zeros scores 0, and all do without an embedder."""
+def test_cosine_and_blend_scores_golden():
+    """(3, 4) against (1, 0): 3/5, whatever the lengths; a vector of zeros scores 0, and all do without an embedder.
+    Cosine .6, 0, 1 and overlap 0, 1, 0 with half of the best neighbour's: (.6 + 0) + (0 + .5), (0 + .5) + (1 + 0) and,
+    in a document of its own, 1 + 0."""
     vectors, query = np.array([[3, 4], [10, 0], [-1, 0], [0, 0]], np.float32), np.array([2, 0], np.float32)
     inputs = chunks_of("abcd", vectors=vectors, query=query)
     np.testing.assert_allclose(refrag.cosine_scores(inputs), [0.6, 1.0, -1.0, 0.0], atol=1e-6)
     for missing in ({"vectors": None}, {"query": None}):
         assert refrag.cosine_scores(inputs._replace(**missing)).tolist() == [0] * 4
-
-
-def overlap(inputs):
-    """(L,) share of the question's idf mass that a chunk's terms cover."""
-    hits, shares = refrag.term_hits(inputs)
-    return hits @ shares
-
-
-IDF = {"river": 3.0, "cross": 2.0, "citi": 1.0}
+    vectors = np.array([[3.0, 4.0], [0.0, 2.0], [5.0, 0.0]], np.float32)
+    scores = refrag.blend_scores(chunks_of(["one", "river", "three"], [0, 0, 1], "river", vectors, query))
+    np.testing.assert_allclose(scores, [1.1, 1.3, 1.0], atol=1e-6)
 
 
 def test_overlap_scores_golden():
-    """The question's terms weigh 3 + 2 + 1 = 6. A term counts once, however often a chunk or the question has it."""
+    """The question's terms weigh 3 + 2 + 1 = 6. A term counts once, however often a chunk or the question has it.
+    Without an index it weighs by the chunks that have it: of four two have the river, ln(1 + 4 / 2.5), one the bridge,
+    ln(1 + 4 / 1.5)."""
+    def overlap(texts, question, **more):
+        hits, shares = refrag.term_hits(chunks_of(texts, question=question, **more))
+        return (hits @ shares).tolist()
+
+    idf = {"river": 3.0, "cross": 2.0, "citi": 1.0}.__getitem__
     chunks = ["The rivers cross", "cities, cities and a city", "crossing the river to the city", "Nothing here", ""]
     question = "A river that crosses the city: the river?"
-    np.testing.assert_allclose(overlap(chunks_of(chunks, question=question, idf=IDF.__getitem__)),
-                               [5 / 6, 1 / 6, 1, 0, 0])
-    assert overlap(chunks_of(["river", "the"], question="the of?")).tolist() == [0, 0]
-
-
-def test_without_an_index_a_term_weighs_by_the_chunks_that_have_it():
-    """Four chunks: two have the river, ln(1 + 4 / 2.5), one the bridge, ln(1 + 4 / 1.5)."""
-    chunks = ["a river", "rivers and bridges", "Nothing", ""]
+    assert overlap(chunks, question, idf=idf) == pytest.approx([5 / 6, 1 / 6, 1, 0, 0])
+    assert overlap(["river", "the"], "the of?") == [0, 0]
     river, bridge = math.log(1 + 4 / 2.5), math.log(1 + 4 / 1.5)
-    scores = overlap(chunks_of(chunks, question="the river bridge", idf=None))
-    np.testing.assert_allclose(scores, [river / (river + bridge), 1, 0, 0])
-
-
-def test_blend_golden():
-    """Cosine .6, 0, 1 and overlap 0, 1, 0 with half of the best neighbour's: (.6 + 0) + (0 + .5), (0 + .5) + (1 + 0)
-    and, in a document of its own, 1 + 0."""
-    vectors, query = np.array([[3.0, 4.0], [0.0, 2.0], [5.0, 0.0]], np.float32), np.array([1.0, 0.0], np.float32)
-    scores = refrag.blend_scores(chunks_of(["one", "river", "three"], [0, 0, 1], "river", vectors, query))
-    np.testing.assert_allclose(scores, [1.1, 1.3, 1.0], atol=1e-6)
+    shares = overlap(["a river", "rivers and bridges", "Nothing", ""], "the river bridge", idf=None)
+    assert shares == pytest.approx([river / (river + bridge), 1, 0, 0])
 
 
 def test_random_scores_depend_on_question_and_seed_alone_and_favour_no_place():
@@ -103,8 +92,7 @@ def test_ppl_is_the_cross_entropy_of_each_document_alone(llama):
     (["a (b) c"], [[7]], [True], ["(b)"], [[0]]),  # no pattern
     (["x y", "x y"], [[1, 3], [2, 3]], [False, True], ["y"], [[3]]),  # numbered through, right ones only
     (["x", "y"], [[1], [1]], [True, True], ["x", "y"], [[0], [1]]),
-    (["x"], [[1]], [True], ["y"], []), ([], [], [], ["y"], []),
-])
+    (["x"], [[1]], [True], ["y"], []), ([], [], [], ["y"], [])])
 def test_answer_chunks_golden(contents, ends, right, answers, expected):
     docs = [refrag.Doc("1", content, refrag.ChunkTable(np.asarray(edges), None, None, None))
             for content, edges in zip(contents, ends, strict=True)]
@@ -142,21 +130,13 @@ def test_features_golden():
     assert found["cosine_rank"].tolist() == [np.float32(sorted(-cosine).index(-c) / 3) for c in cosine]
     close(found["cosine_doc"], np.repeat([cosine[:2].max(), cosine[2:].max()], 2), rtol=1e-6)
     assert abs(found["cosine_z"].mean()) < 1e-6 and found["cosine_z"].std() == pytest.approx(1, abs=1e-3)
-
-
-@pytest.mark.parametrize(("question", "kinds"), [
-    ("Who built it?", {"who"}), ("Whose is it?", {"who"}), ("In what year was it built?", {"when", "what"}),
-    ("How many died?", {"count"}), ("How is it made?", {"how"}), ("Why?", {"how"}),
-    ("Which city is it?", {"where", "which"}), ("Name it.", set())])
-def test_kinds_of_questions(question, kinds):
-    assert {name for name, pattern in refrag.KINDS.items() if pattern.search(question.lower())} == kinds
-
-
-@pytest.mark.parametrize("question", ["", "the of"])
-@pytest.mark.parametrize(("texts", "docs"), [(["a"], [0]), (["a", "a"], [0, 0])])
-def test_features_are_numbers_whatever_is_missing(question, texts, docs):
-    """A question without terms, one chunk alone, all chunks alike, no embedder."""
-    assert np.isfinite(refrag.chunk_features(chunks_of(texts, docs, question))).all()
+    for question, texts in itertools.product(("", "the of"), ("a", "aa")):  # no terms, one chunk, no other, no embedder
+        assert np.isfinite(refrag.chunk_features(chunks_of(texts, question=question))).all()
+    for question, kinds in (
+            ("Who built it?", {"who"}), ("Whose is it?", {"who"}), ("In what year was it built?", {"when", "what"}),
+            ("How many died?", {"count"}), ("How is it made?", {"how"}), ("Why?", {"how"}),
+            ("Which city is it?", {"where", "which"}), ("Name it.", set())):
+        assert {name for name, pattern in refrag.KINDS.items() if pattern.search(question.lower())} == kinds
 
 
 # -- the network --------------------------------------------------------------------------------------
@@ -226,13 +206,6 @@ def test_shares_are_what_is_lost_without_a_group():
         np.testing.assert_allclose(shares[group], expected, atol=1e-5)
 
 
-def test_reasons_golden():
-    """.6 of 9 tokens are 5: the first chunk takes 4, the third exceeds them and ends it."""
-    assert refrag.selection_reasons(np.array([0.9, 0.5, 0.7]), np.array([4, 1, 4]), 0.6) == [
-        "text: rank 1 of 3, 4 of 5 tokens up to here", "compressed: rank 3 of 3, 9 of 5 tokens up to here",
-        "compressed: rank 2 of 3, 8 of 5 tokens up to here"]
-
-
 def marked(seed, L=12):
     """A question whose answer is in the chunk whose overlap stands out."""
     inputs, columns = random_batch(L, sorted(i % 3 for i in range(L)), seed)
@@ -240,8 +213,12 @@ def marked(seed, L=12):
     return example_of(inputs, columns, [[seed % L]])
 
 
-def test_gate_loss_golden():
-    """Two chunks, the first positive, logits [0, 0]: log 2 listwise, and .2 * 2 log 2 chunkwise; then padding."""
+def test_reasons_and_gate_loss_golden():
+    """.6 of 9 tokens are 5: the first chunk takes 4, the third exceeds them and ends it. The loss of two chunks, the
+    first positive, logits [0, 0]: log 2 listwise, and .2 * 2 log 2 chunkwise; then padding."""
+    assert refrag.selection_reasons(np.array([0.9, 0.5, 0.7]), np.array([4, 1, 4]), 0.6) == [
+        "text: rank 1 of 3, 4 of 5 tokens up to here", "compressed: rank 3 of 3, 9 of 5 tokens up to here",
+        "compressed: rank 2 of 3, 8 of 5 tokens up to here"]
     logits, positive = torch.tensor([[0.0, 0.0, -math.inf]]), torch.tensor([[True, False, False]])
     for L in (2, 3):
         assert refrag.gate_loss(logits[:, :L], positive[:, :L]).item() == pytest.approx(1.4 * math.log(2))
@@ -286,7 +263,7 @@ def test_draws_follow_the_probabilities_of_orders():
         assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / n)
 
 
-def test_the_first_update_is_the_plain_policy_gradient():
+def test_the_first_update_is_the_plain_policy_gradient_and_beyond_the_clip_is_none():
     """At a ratio of 1 the gradient is that of the mean advantage times log-probability."""
     logits = torch.tensor([0.1, 0.7, -0.2], requires_grad=True)
     orders, rewards = torch.tensor([[0], [1], [2]]), torch.tensor([1.0, 2.0, 6.0])
@@ -295,10 +272,7 @@ def test_the_first_update_is_the_plain_policy_gradient():
     [plain] = torch.autograd.grad(-(advantage * logs).mean(), logits, retain_graph=True)
     [found] = torch.autograd.grad(policy.policy_loss(logits, logs.detach(), orders, rewards), logits)
     torch.testing.assert_close(found, plain)
-
-
-def test_beyond_the_clip_nothing_pulls():
-    """The good order is far likelier than when it was drawn, the bad one far less likely: both are clipped."""
+    # beyond the clip nothing pulls: the good order is far likelier than when it was drawn, the bad one far less likely
     logits = torch.tensor([2.0, -2.0], requires_grad=True)
     orders, before = torch.tensor([[0], [1]]), torch.log(torch.tensor([0.5, 0.5]))
     policy.policy_loss(logits, before, orders, torch.tensor([1.0, 0.0])).backward()
@@ -350,7 +324,6 @@ def train(done, command):
 
 @pytest.fixture
 def asking(index_dir, llama):
-    """The command line that answers with the tiny models."""
     return ["generate", "--index_dir", index_dir, "--question", "Which river leaves Lake Geneva?", "--dec", llama,
             "--enc", "decoder:2", "--k", 4, "--max_new", 2, "--quiet"]
 
@@ -426,7 +399,6 @@ def test_rewards_are_the_answers_log_probability(llama, index_dir, files):
 
 
 def tensors(folder):
-    """All tensors of a checkpoint but the optimizer's."""
     return {(p.stem, name): tensor for p in sorted(folder.glob("*.safetensors")) if p.stem != "trainer"
             for name, tensor in refrag.load_file(p).items()}
 
@@ -467,17 +439,13 @@ def test_gate_policy_and_phases_compose(train, recon, tmp_path):
     assert [entry["phase"] for entry in history] == ["cpt_recon", "train_gate", "train_policy", "cpt_recon"]
 
 
-def test_a_gate_of_another_embedder_is_refused(train, done, refused, asking, corpus, other_embedder, llama, tmp_path):
+def test_a_gate_of_another_embedder_width_or_features_is_refused(train, done, refused, asking, corpus, other_embedder,
+                                                                 llama, tmp_path):
     train("gate", "--epochs", "1")
     index = ["--index_dir", tmp_path / "other"]
     done("index", "--corpus", corpus, *index, "--embed_model", other_embedder, "--dec", llama, "--enc", "decoder:2",
          "--k", 4)
     assert "--gate blend" in refused(5, *asking, "--load_dir", tmp_path / "made", *index)
-
-
-def test_a_gate_with_other_features_is_refused(train, tmp_path):
-    """Or of another width."""
-    train("gate", "--epochs", "1")
     model = refrag.RefragModel.from_pretrained(tmp_path / "made")
     facts, state = model.config.gate, model.carried["gate"]
     built = types.SimpleNamespace(fingerprint=facts["embedder_fingerprint"], name=facts["embedder"])

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -23,7 +24,6 @@ WATCH = refrag.Stopwatch(torch.device("cpu"))
 
 
 def load(decoder, **options):
-    """A pipeline for --prompt over a decoder folder."""
     usual = {"prompt": PROMPT, "k": 4, "floor": 0, "gate": "random", "compressed": "feed", "max_new": 6, "cite": False}
     return refrag.open_pipeline(dec=str(decoder), enc="decoder:2", load_dir="none", **(usual | options))
 
@@ -39,12 +39,10 @@ def reader(any_decoder):
 
 
 def read(pipeline, **changes):
-    """PROMPT, ready for the decoder."""
     return pipeline.prepare(ITEM, pipeline.settings_for(**changes))
 
 
 def run_decoder(pipeline, inputs, max_new, stops=frozenset()):
-    """(what is decoded greedily, the final state)."""
     logits, state = refrag.prefill(pipeline.model.decoder, [inputs])
     [out], state = refrag.decode(pipeline.model.decoder, logits, state, max_new=max_new, stops=stops,
                                  pick=lambda logits: logits.argmax(-1), watch=WATCH)
@@ -72,17 +70,13 @@ class TestExactness:
         logits, _ = refrag.prefill(reader.model.decoder, [reading.inputs])
         torch.testing.assert_close(logits[0], plain_logits(reader.model.decoder, plain), rtol=1e-4, atol=1e-4)
 
-    def test_p0_feeds_no_token_of_the_content(self, reader):
+    def test_p0_feeds_no_token_of_the_content_and_vectors_where_it_stood(self, reader):
+        """The inputs at vector positions are the means of the chunks' token embeddings, in order."""
         reading = read(reader, p=0.0)
-        prompt = reading.context.prompt
+        embed, prompt = reader.model.decoder.get_input_embeddings().weight, reading.context.prompt
         inside = [t for c in prompt.chunks for t in range(c.first, c.last)]
         assert inside and not reading.kept[inside].any()
         assert len(reading.inputs) == len(prompt.input_ids) - len(inside) + len(prompt.chunks)
-
-    def test_vectors_stand_where_their_chunks_stood(self, tiny):
-        """The inputs at vector positions are the means of the chunks' token embeddings, in order."""
-        reading = read(tiny, p=0.0)
-        embed, prompt = tiny.model.decoder.get_input_embeddings().weight, reading.context.prompt
         for position, chunk in zip(np.flatnonzero(reading.plan < 0), prompt.chunks, strict=True):
             mean = embed[prompt.input_ids[chunk.first : chunk.last]].mean(0)
             torch.testing.assert_close(reading.inputs[position], mean)
@@ -150,18 +144,17 @@ class TestExactness:
 
 
 class TestDecoding:
-    @pytest.mark.parametrize("temperature", [0.0, 1e-40])
-    def test_sample_is_greedy_at_temperature_zero(self, temperature):
-        assert refrag.sample(torch.tensor([[0.1, 3.0, 2.0]]), temperature, 1.0, None).tolist() == [1]
-
-    def test_top_p_leaves_only_the_smallest_sufficient_set(self):
-        """Probabilities .5, .3, .2: top_p = .6 needs the first two, so the third never comes. Temperature sharpens."""
+    def test_temperature_and_top_p_by_hand(self):
+        """Probabilities .5, .3, .2: top_p = .6 needs the first two, so the third never comes. Temperature sharpens;
+        zero is greedy."""
         logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(2000, 3)
         picked = refrag.sample(logits, 1.0, 0.6, torch.Generator().manual_seed(0))
         shares = torch.bincount(picked, minlength=3) / 2000
         assert shares[2] == 0 and shares[0] == pytest.approx(0.5 / 0.8, abs=0.05)
         cold = refrag.sample(logits, 0.5, 1.0, torch.Generator().manual_seed(0))  # squares them: 25, 9 and 4 of 38
         assert torch.bincount(cold)[0] / 2000 == pytest.approx(25 / 38, abs=0.05)
+        for temperature in (0.0, 1e-40):
+            assert refrag.sample(torch.tensor([[0.1, 3.0, 2.0]]), temperature, 1.0, None).tolist() == [1]
 
     def test_every_end_token_stops(self, llama):
         pipeline = load(llama, p=1.0)
@@ -182,7 +175,6 @@ class TestDecoding:
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     @pytest.mark.parametrize("spoiled", [math.nan, math.inf, -math.inf])
     def test_logits_that_are_no_numbers_are_an_error(self, llama, spoiled, temperature):
-        """Of the prompt, and of a later token alone."""
         pipeline = load(llama, temperature=temperature)
         decoder = pipeline.model.decoder
         logits, state = refrag.prefill(decoder, [torch.randn(5, decoder.config.hidden_size)])
@@ -195,12 +187,12 @@ class TestDecoding:
                           watch=WATCH)
 
     def test_a_damaged_decoder_is_refused_when_it_is_loaded(self, llama, tmp_path):
+        folder = shutil.copytree(llama, tmp_path / "damaged")
         decoder = transformers.AutoModelForCausalLM.from_pretrained(llama)
         decoder.model.layers[2].mlp.up_proj.weight.data[3, 3] = math.nan  # beyond the encoder's layers
-        decoder.save_pretrained(tmp_path)
-        transformers.AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path)
+        decoder.save_pretrained(folder)
         with pytest.raises(refrag.CorruptError, match="decoder gives"):
-            load(tmp_path)
+            load(folder)
 
 
 def stream(tokenizers, text, stops=(), last=None):
@@ -217,10 +209,13 @@ def stream(tokenizers, text, stops=(), last=None):
 class TestStream:
     """Also of stops, texts that end an answer. The tiny decoder always says the same: any part of it can be one."""
 
-    def test_it_writes_the_text_once_and_whole_characters(self, tokenizers):
+    def test_it_writes_the_text_once_and_whole_characters_and_no_part_of_a_stop(self, tokenizers):
+        """A stop of several tokens: its beginning is held back until it is sure to be something else."""
         pieces, ended = stream(tokenizers, "a 🙂 é 日本 b")
         assert "".join(pieces) == "a 🙂 é 日本 b" and not any(ended)
         assert not any("\ufffd" in piece for piece in pieces)
+        pieces, ended = stream(tokenizers, "The city ENTERS the city END of it", ("city END",))
+        assert ended[-1] and "".join(pieces) == "The city ENTERS the"
 
     @pytest.mark.parametrize("length", [1, 2, 5])
     def test_the_answer_ends_before_the_first_stop(self, tiny, length):
@@ -236,11 +231,6 @@ class TestStream:
         full = tiny.answer(PROMPT, max_new=12)
         cut = tiny.answer(PROMPT, lambda text: True, max_new=12)
         assert cut["metrics"]["new_tokens"] < full["metrics"]["new_tokens"] and not cut["ended"]
-
-    def test_no_part_of_a_stop_is_streamed(self, tokenizers):
-        """A stop of several tokens: its beginning is held back until it is sure to be something else."""
-        pieces, ended = stream(tokenizers, "The city ENTERS the city END of it", ("city END",))
-        assert ended[-1] and "".join(pieces) == "The city ENTERS the"
 
     def test_a_citation_at_the_end_is_streamed_once_it_is_settled(self, tokenizers):
         assert "".join(stream(tokenizers, "Ulm [1] and Bonn [2]", last="")[0]) == "Ulm [1] and Bonn"
@@ -265,7 +255,6 @@ class TestCitations:
         *((answer, "12", answer, []) for answer in ("He [sic] left in [1896]", "Nothing (1900) here, f(1) there", "")),
         ("Ulm [1] [a]", "a", "Ulm", [("1", True), ("a", False)]), ("[in]", ["in", "out"], "", [("in", False)])])
     def test_cited_labels(self, answer, labels, bare, expected):
-        """Their marks are no part of the answer."""
         made = refrag.parse_citations(answer, list(labels))
         assert (made.bare, made.labels) == (bare, expected)
 
@@ -311,13 +300,11 @@ class TestCitations:
             assert refrag.settled_length(text) <= len(text)
             refrag.parse_citations(text, ["1"])
 
-    def test_an_answer_without_documents_cites_nothing(self, tiny):
-        """Nor one with them under --no_cite."""
-        result = tiny.answer("Which element?", cite=True)
-        assert result["citations"] == [] and result["answer"] == tiny.answer("Which element?")["answer"]
-        assert tiny.answer(PROMPT)["citations"] == []
-
     def test_a_chosen_citation_is_always_one_of_the_given(self, reader):
+        """Without documents, or under --no_cite, there is none."""
+        result = reader.answer("Which element?", cite=True)
+        assert result["citations"] == [] and result["answer"] == reader.answer("Which element?")["answer"]
+        assert reader.answer(PROMPT)["citations"] == []
         result = reader.answer(PROMPT, cite=True)
         if result["answer"]:
             [citation] = result["citations"]
@@ -344,7 +331,7 @@ class TestCitations:
         assert chosen == labels[0] and int(after.position[0]) - 5 <= refrag.CITATION_TOKENS
 
     def test_the_window_has_room_for_a_citation_that_is_chosen(self, llama):
-        """Prompt and answer end at the window's last position; a citation after them would go beyond it."""
+        """Prompt and answer end at the window's last position."""
         pipeline = load(llama)
         pipeline.model.decoder.config.max_position_embeddings = len(read(pipeline).plan) + 6
         assert len(pipeline.answer(PROMPT)["answer"]) > 0
@@ -353,12 +340,12 @@ class TestCitations:
 
 
 class TestModes:
-    @pytest.mark.parametrize("p", [0.0, 0.1, 0.3, 0.7, 1.0])
-    def test_realised_p_is_never_above_p(self, tiny, p):
-        metrics = tiny.answer(PROMPT, p=p)["metrics"]
-        assert metrics["p_realised"] <= p
-        assert metrics["compression"] == pytest.approx(metrics["full_positions"] / metrics["positions"], abs=1e-4)
-        settings = tiny.answer(PROMPT, p=p, compressed="auto")["settings"]
+    def test_realised_p_is_never_above_p(self, tiny):
+        for p in (0.0, 0.1, 0.3, 0.7, 1.0):
+            metrics = tiny.answer(PROMPT, p=p)["metrics"]
+            assert metrics["p_realised"] <= p
+            assert metrics["compression"] == pytest.approx(metrics["full_positions"] / metrics["positions"], abs=1e-4)
+        settings = tiny.answer(PROMPT, compressed="auto")["settings"]
         assert settings["projector_trained"] is False and settings["compressed"] == "drop"
 
     def test_how_documents_were_read(self, tiny):
@@ -395,7 +382,6 @@ class TestModes:
 
 
 def generate(run, index_dir, llama, *more):
-    """`generate` on the small index; (exit code, stdout, stderr)."""
     return run("generate", "--index_dir", index_dir, "--dec", llama, "--k", 4, "--max_new", 4, *FED, *more)
 
 
@@ -422,7 +408,6 @@ class TestCommand:
             result["full"]["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], abs=1e-3)
 
     def test_ctx_max_drops_whole_passages_from_the_lowest_rank(self, run, index_dir, llama):
-        """And mode none reads none of them."""
         ask = ["--question", "What melts?", "--topk", 6]
         everything = json.loads(generate(run, index_dir, llama, *ask)[1])
         limit = everything["metrics"]["context_tokens"] // 2
@@ -444,15 +429,13 @@ class TestCommand:
             shown = run(*LITERAL, llama, *FED[:-2], "--quiet", "--explain", option)[1]
             assert shown.strip().startswith(refrag.visible(json.loads(out)["answer"]))
             assert all(f"(no shares)  {c['passage_id']}: {' '.join(c['text'].split())}\n" in shown for c in chunks)
-
-    @pytest.mark.parametrize(("text", "expected"), [("B", 0), ("Bells ring", 2)])
-    def test_ctx_max_counts_the_tokens_of_literal_documents(self, run, llama, text, expected):
-        """And not those of a question that warms up."""
-        code, _, err = run(*LITERAL, llama, *FED, "--ctx_max", 1, "--prompt", f"Say <doc id='a'>{text}</doc>")
-        assert code == expected and (code == 0 or "more than --ctx_max 1" in err), err
+        # --ctx_max counts the tokens of literal documents, and not those of a question that warms up
+        for text, expected in (("B", 0), ("Bells ring", 2)):
+            code, _, err = run(*LITERAL, llama, *FED, "--ctx_max", 1, "--prompt", f"Say <doc id='a'>{text}</doc>")
+            assert code == expected and (code == 0 or "more than --ctx_max 1" in err), err
 
     @pytest.mark.parametrize(("before", "after", "new"), [
-        ("ab", "xab", "x"), ("ab", "ba", ""), ("ab", "aab", "a"), ("aab", "aaba", "a"), ("ab", "bcad", "cd")])
+        ("ab", "xab", "x"), ("ab", "ba", ""), ("aab", "aaba", "a"), ("ab", "bcad", "cd")])
     def test_resume_answers_what_was_not_asked_yet(self, run, write, index_dir, llama, tmp_path, before, after, new):
         """Whatever ids they have: each letter is a question, and its id the number of its line."""
         out = tmp_path / "out.jsonl"
@@ -481,7 +464,6 @@ class TestCommand:
         assert (out + err).count("the projector is untrained") == 1
 
     def test_a_run_that_fails_is_one_object_too(self, run, write, index_dir, llama):
-        """The window is checked before the prefill."""
         questions = write("questions.jsonl", [{"question": "a"}, {"question": "word " * 2100}])
         for more in (["--questions", questions], ["--question", "What melts?", "--max_new", 5000]):
             code, out, err = generate(run, index_dir, llama, *more)
@@ -494,23 +476,19 @@ class TestCommand:
         assert run(*argv, "--enc", "decoder:4")[2] == "error: --enc decoder:4: the decoder has 3 layers\n"
 
 
-class TestPython:
-    def test_a_pipeline_answers_as_the_command_does(self, run, index_dir, llama):
-        options = {"dec": str(llama), "enc": "decoder:2", "compressed": "feed", "k": 4, "quiet": True}
-        result = refrag.open_pipeline(index_dir, **options).answer("What melts?", p=0.5, max_new=4)
-        _, out, _ = generate(run, index_dir, llama, "--question", "What melts?", "--p", 0.5)
-        expected = json.loads(out)
-        for timed in (result, expected):
-            timed.pop("metrics")
-        assert json.loads(json.dumps(result)) == expected
-
-    def test_an_option_that_is_not_one_is_named(self, index_dir, tiny):
-        with pytest.raises(refrag.UserError, match="no such option of generate: ks"):
-            refrag.open_pipeline(index_dir, ks=4)
-        with pytest.raises(TypeError, match="ks"):
-            tiny.answer(PROMPT, ks=4)
-        with pytest.raises(refrag.UserError, match="--p must"):
-            tiny.answer(PROMPT, p=4)
+def test_a_pipeline_answers_as_the_command_does_and_names_what_is_no_option(run, index_dir, llama):
+    pipeline = refrag.open_pipeline(index_dir, dec=str(llama), enc="decoder:2", compressed="feed", k=4, quiet=True)
+    result = pipeline.answer("What melts?", p=0.5, max_new=4)
+    expected = json.loads(generate(run, index_dir, llama, "--question", "What melts?", "--p", 0.5)[1])
+    for timed in (result, expected):
+        timed.pop("metrics")
+    assert json.loads(json.dumps(result)) == expected
+    with pytest.raises(refrag.UserError, match="no such option of generate: ks"):
+        refrag.open_pipeline(index_dir, ks=4)
+    with pytest.raises(TypeError, match="ks"):
+        pipeline.answer("What melts?", ks=4)
+    with pytest.raises(refrag.UserError, match="--p must"):
+        pipeline.answer("What melts?", p=4)
 
 
 @pytest.fixture(scope="module")
@@ -532,8 +510,7 @@ SHORT = [  # passages as a newcomer writes them, with a question each
     ("The pool in Mons is closed on Monday.", "On which day is the pool in Mons closed?", "Monday"),
     ("Room 12 is booked by Ines for the budget meeting.", "Who booked room 12?", "Ines"),
     ("The spare key hangs behind the boiler in the cellar.", "Where does the spare key hang?", "boiler"),
-    ("The museum in Namur was founded in 1874 by a baker.", "When was the museum in Namur founded?", "1874"),
-]
+    ("The museum in Namur was founded in 1874 by a baker.", "When was the museum in Namur founded?", "1874")]
 
 
 @pytest.mark.models
@@ -556,8 +533,6 @@ def test_short_corpora_are_read_by_default(tmp_path, pipeline, first, last):
 
 @pytest.mark.models
 class TestBundledModels:
-    """The same promises on SmolLM2-135M-Instruct and all-MiniLM-L6-v2."""
-
     def test_p1_is_the_chat_template_over_the_full_text(self, pipeline):
         item = {"id": "1", "question": "Who wrote De Materia Medica?"}
         reading = pipeline.prepare(item)
@@ -577,7 +552,6 @@ class TestBundledModels:
         assert all(set(chunk["shares"]) == set(refrag.FEATURES) for chunk in result["chunks"])
 
     def test_decoding_equals_generate_of_transformers(self, pipeline):
-        """An independent decoder loop, fed the same embeddings."""
         inputs = pipeline.prepare({"id": "1", "question": "What is botany?"}).inputs
         stops = pipeline.settings.stop_tokens
         out, _ = run_decoder(pipeline, inputs, 12, stops)

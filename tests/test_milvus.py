@@ -22,7 +22,6 @@ TERMS = ["river", "bronze", "c++", "valley's", "1896", "長", "notes", "delta", 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The address of a Milvus Lite server in another process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -49,7 +48,6 @@ def place(request, tmp_path_factory):
 
 
 def rows(seed, count=30):
-    """Random records: lengths, words, and fields of every kind."""
     rng = random.Random(seed)
     kinds = [lambda: rng.choice([1990, 1991.5, "1990", "1991.50", -3, "old", True]),
              lambda: rng.choice(["en", "de", "Ärger"]), lambda: None,
@@ -62,8 +60,6 @@ def rows(seed, count=30):
 
 @pytest.fixture
 def build(write, done, embedder, llama):
-    """Index rows: build(index_dir, rows, *flags) -> what the command says."""
-
     def call(place, records, *flags):
         corpus = ["--corpus", write("rows.jsonl", records)] if records is not None else []
         return done("index", "--index_dir", place, *corpus, "--embed_model", embedder, "--dec", llama, *flags)
@@ -105,15 +101,12 @@ def check_same(folder, milvus, questions, wheres=(), exact=True):
                 np.testing.assert_array_equal(a, b)
 
 
-def opened(build, place, *what):
-    build(place, *what)
-    return refrag.open_index(place)
-
-
 def test_the_answers_are_those_of_a_folder(tmp_path, place, build):
     """Words, vectors, filters, ids, chunk columns; a question that repeats a term counts it as often."""
-    folder, milvus = (opened(build, index_dir, rows(1), "--k", 16, "--enc", "decoder:2")
-                      for index_dir in (tmp_path / "folder", place("same")))
+    places = [tmp_path / "folder", place("same")]
+    for index_dir in places:
+        build(index_dir, rows(1), "--k", 16, "--enc", "decoder:2")
+    folder, milvus = map(refrag.open_index, places)
     check_same(folder, milvus, ["rivers river c++ 1896", "長 valley's 0x1f nothing", ""], WHERES)
     for index, where in itertools.product((folder, milvus), ("shelf = 3", "year > 0 or shelf = 3")):
         with pytest.raises(refrag.UserError, match="--where: no passage has a field 'shelf'"):
@@ -139,7 +132,7 @@ def test_changes_are_those_of_a_folder(tmp_path, place, build):
     assert [a == b for a, b in itertools.pairwise(digests)] == [number in (0, 5) for number in range(7)]
 
 
-def test_a_build_that_ended_early_goes_on(place, build, run, embedder, llama, write):
+def test_a_build_that_ended_early_goes_on_and_a_change_is_read(place, build, run, embedder, llama, write):
     """A reader is told; the same command writes what is missing and computes nothing else."""
     where, corpus = place("killed"), write("rows.jsonl", rows(4))
     build(where, rows(4))
@@ -156,6 +149,12 @@ def test_a_build_that_ended_early_goes_on(place, build, run, embedder, llama, wr
         0, len(lost), len(index), index.manifest["counts"]["chunks"])
     index = refrag.open_index(where)
     assert "ended early" in err and index.rows_of(lost) == lost and not index.manifest["unfinished"]
+    row = next(iter(index.matching("river", 1)))
+    changed = index[row]
+    build(where, [{"id": changed.document_id, "text": "nothing but copper and tin"}], "--add")
+    assert index.chunk_table(row, 16) is None, "the chunks of another text are not used"
+    index.refresh()
+    assert index[row].text == "nothing but copper and tin" and len(index.chunk_table(row, 16).ends) > 0
 
 
 def test_answers_and_reports_use_it(tmp_path, place, build, done, embedder, llama):
@@ -170,18 +169,6 @@ def test_answers_and_reports_use_it(tmp_path, place, build, done, embedder, llam
         assert done("doctor", "--index_dir", index_dir)["index"]["counts"] == {
             name: counts[name] for name in ("passages", "chunks")}
     assert results[0] == results[1]
-
-
-def test_the_index_is_read_again_after_a_change(place, build):
-    where = place("live")
-    build(where, rows(6))
-    index = refrag.open_index(where)
-    row = next(iter(index.matching("river", 1)))
-    changed = index[row]
-    build(where, [{"id": changed.document_id, "text": "nothing but copper and tin"}], "--add")
-    assert index.chunk_table(row, 16) is None, "the chunks of another text are not used"
-    index.refresh()
-    assert index[row].text == "nothing but copper and tin" and len(index.chunk_table(row, 16).ends) > 0
 
 
 def test_refusals(tmp_path, server, build, refused, write, embedder, llama):

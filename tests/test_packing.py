@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import transformers
+from conftest import CHAT_TEMPLATE
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -48,7 +49,6 @@ def context_of(tokenizer, texts, question="Why?", k=4, **options):
 
 
 def as_tokens(offsets):
-    """Tokens of these (start, end)."""
     spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     return refrag.Tokens(np.arange(len(spans)), *spans.T)
 
@@ -79,12 +79,11 @@ def test_spans_cover_the_text_and_nest(loaded, kind, text):
     assert {*ends[32]} <= {*ends[16]} <= {*ends[8]} <= {*ends[4]}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", ["x" * 100_000, " " * 100_000, "🙂" * 25_000, "a " * 50_000])
-def test_spans_of_a_100_kb_line(loaded, kind, text):
-    spans = refrag.chunk_spans(text, loaded[kind], 16)
-    assert spans[0][0] == 0 and spans[-1][1] == len(text)
-    assert all(a[1] == b[0] and a[0] < a[1] for a, b in itertools.pairwise(spans))
+def test_spans_of_a_100_kb_line(loaded):
+    for kind, text in itertools.product(KINDS, ("x" * 100_000, " " * 100_000, "🙂" * 25_000, "a " * 50_000)):
+        spans = refrag.chunk_spans(text, loaded[kind], 16)
+        assert spans[0][0] == 0 and spans[-1][1] == len(text)
+        assert all(a[1] == b[0] and a[0] < a[1] for a, b in itertools.pairwise(spans))
 
 
 @pytest.mark.parametrize(("kind", "text", "k", "spans"), [
@@ -98,13 +97,9 @@ def test_spans_golden(loaded, kind, text, k, spans):
     assert refrag.chunk_spans(text, loaded[kind], k) == spans
     with pytest.raises(ValueError, match="k >= 1"):
         refrag.chunk_spans("a", loaded[kind], 0)
-
-
-@pytest.mark.parametrize("offsets", [[(0, 1), (1, 1), (1, 2)], [(0, 0), (0, 1), (1, 2)]])
-def test_tokens_without_characters_belong_to_the_chunk_before(offsets):
-    """Marks that some tokenizers add. The first one belongs to the first chunk."""
-    _, ends, sizes = refrag.cut_chunks("ab", as_tokens(offsets), 1)
-    assert ends.tolist() == [1, 2] and sizes.tolist() == [2, 1]
+    for offsets in ([(0, 1), (1, 1), (1, 2)], [(0, 0), (0, 1), (1, 2)]):  # a mark without characters, by some tokenizer
+        _, ends, sizes = refrag.cut_chunks("ab", as_tokens(offsets), 1)
+        assert ends.tolist() == [1, 2] and sizes.tolist() == [2, 1]
 
 
 @given(allowed=st.lists(st.booleans(), max_size=40).map(lambda inner: np.array([True, *inner, True])),
@@ -169,12 +164,15 @@ def test_neutralize_golden(loaded, kind, text, expected):
 
 
 def test_neutralising_makes_no_new_special_token(tokenizers):
-    """With the special tokens "<b>" and its look-alike disarming the first makes the second: one more round."""
+    """With the special tokens "<b>" and its look-alike disarming the first makes the second: one more round. Special
+    tokens without angle brackets fit into the id of a literal block, which makes none."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"])
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<b>", "\u2039b>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<b>", "\u2039b>", "[INST]"]})
     out = refrag.RefragTokenizer(tokenizer).neutralize("x<b>y")
     assert not special_ids(tokenizer) & set(tokenizer(out, add_special_tokens=False)["input_ids"])
     assert len(out) == 5
+    context = refrag.read_context(refrag.RefragTokenizer(tokenizer), "<doc id='[INST]'>[INST]</doc>", 4, 100)
+    assert tokenizer.convert_tokens_to_ids("[INST]") not in context.prompt.input_ids
 
 
 @pytest.mark.timeout(60)
@@ -185,13 +183,6 @@ def test_hostile_text_takes_linear_time(chat, text):
     """A quadratic pattern needs minutes for one of these, so the time limit ends the test."""
     assert len(chat.neutralize(text)) == len(text)
     assert [segment.kind for segment in chat.parse_and_tokenize(text)] == ["text"]
-
-
-def test_a_tokenizer_without_offsets_is_refused(loaded):
-    slow = types.SimpleNamespace(is_fast=False)
-    for pair in ([slow], [loaded["bpe"], slow]):
-        with pytest.raises(refrag.UserError, match="fast tokenizer"):
-            refrag.RefragTokenizer(*pair)
 
 
 # -- <doc> blocks -------------------------------------------------------------------
@@ -252,22 +243,24 @@ def test_packed_tokens_are_the_encoders_tokens_in_order(loaded, kind, k, text):
 @pytest.mark.parametrize(("text", "told"), [
     ("<doc id='1'>a</doc><doc id=\"1\">b</doc>", "same id"),  # a citation of it would name two documents
     ("Why? <doc id='1'>a", "\"<doc id='1'>a\" opens or closes no document"), ("  ", "is empty")])
-def test_a_prompt_whose_documents_are_not_clear_is_refused(text, told):
+def test_a_prompt_whose_documents_are_not_clear_is_refused_and_a_tokenizer_without_offsets(loaded, text, told):
     with pytest.raises(refrag.UserError, match=told):
         refrag.read_prompt(text, refrag.QuestionConfig())
+    slow = types.SimpleNamespace(is_fast=False)
+    for pair in ([slow], [loaded["bpe"], slow]):
+        with pytest.raises(refrag.UserError, match="fast tokenizer"):
+            refrag.RefragTokenizer(*pair)
 
 
 # -- the prompt ---------------------------------------------------------------------
 
 def template_ids(tokenizer, message):
-    """What the tokenizer itself makes of a user message."""
     turn = [{"role": "user", "content": message}]
     return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
 
 
 def text_of(tokenizer, prompt):
-    """The prompt as text; the tokenizers by bytes give it back as it was."""
-    return tokenizer.decoder.decode(prompt.input_ids.tolist())
+    return tokenizer.decoder.decode(prompt.input_ids.tolist())  # tokenizers by bytes give it back as it was
 
 
 TWO = ["The Rhone leaves Lake Geneva and crosses the old city.", "长江 is 🙂 long.\n\nIt rises in Qinghai"]
@@ -316,7 +309,6 @@ def check_tiling(tokenizer, context):
 @given(texts=st.lists(ordinary | wild | hostile, max_size=3), question=wild)
 @few
 def test_chunks_tile_every_document(loaded, encoder, k, texts, question):
-    """Also if a system message repeats what comes after."""
     tokenizer = refrag.RefragTokenizer(loaded["bpe"], *([loaded[encoder]] if encoder != "bpe" else []))
     check_tiling(tokenizer, context_of(tokenizer, texts, question, k))
     check_tiling(tokenizer, context_of(tokenizer, TWO[:1], system=f"{TWO[0]}\nQuestion: Why?"))
@@ -345,7 +337,6 @@ def test_hostile_text_adds_no_special_token_to_the_prompt(chat, text, question):
 
 
 def test_literal_blocks_are_the_prompts_documents(chat):
-    """Their text stands where it stood, between the tags of every prompt."""
     context = refrag.read_context(chat, f"Where? <doc id='a'>{TWO[0]}</doc> <doc id=b>{TWO[1]}</doc> Say:", 4, 100)
     message = f'Where? <doc id="a">\n{TWO[0]}\n</doc> <doc id="b">\n{TWO[1]}\n</doc> Say:'
     assert context.prompt.input_ids.tolist() == template_ids(chat.decoder, message)
@@ -356,47 +347,34 @@ def test_literal_blocks_are_the_prompts_documents(chat):
         refrag.read_context(chat, f"<doc id='a'>{TWO[0]}</doc>", 4, 3)
 
 
-def test_the_id_of_a_literal_block_makes_no_special_token(tokenizers):
-    """Some decoders' special tokens have neither angle brackets nor quotes, so they fit into an id."""
-    decoder = transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"])
-    decoder.add_special_tokens({"additional_special_tokens": ["[INST]"]})
-    context = refrag.read_context(refrag.RefragTokenizer(decoder), "<doc id='[INST]'>[INST]</doc>", 4, 100)
-    assert decoder.convert_tokens_to_ids("[INST]") not in context.prompt.input_ids
-
-
 def with_template(tokenizers, template, kind="bpe"):
-    decoder = transformers.AutoTokenizer.from_pretrained(tokenizers[kind])
-    decoder.chat_template = template
-    return refrag.RefragTokenizer(decoder)
+    return refrag.RefragTokenizer(transformers.AutoTokenizer.from_pretrained(tokenizers[kind], chat_template=template))
 
 
 def test_what_a_tokenizer_adds_is_left_to_the_template(tokenizers):
-    """This tokenizer puts [CLS] and [SEP] around every text; within a chat template only the template's own count."""
+    """This tokenizer puts [CLS] and [SEP] around every text; within a chat template only the template's own count. One
+    that alters the message is refused."""
     tokenizer = with_template(tokenizers, "{% for m in messages %}[CLS]{{ m['content'] }}{% endfor %}", "wordpiece")
     prompt = context_of(tokenizer, [], "why").prompt
     assert prompt.input_ids.tolist() == template_ids(tokenizer.decoder, "Answer the question briefly.\n\nQuestion: why")
     assert prompt.input_ids.tolist().count(tokenizer.decoder.cls_token_id) == 1
     tokenizer.decoder.chat_template = None
     assert context_of(tokenizer, [], "why").prompt.input_ids[0] == tokenizer.decoder.cls_token_id
-
-
-def test_a_template_that_alters_the_message_is_refused(tokenizers):
     tokenizer = with_template(tokenizers, "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}")
     with pytest.raises(refrag.UserError, match="chat template"):
         context_of(tokenizer, [])
 
 
-CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
-LEAVES_OUT = "{% set messages = messages | selectattr('role', 'ne', 'system') | list %}" + CHATML
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+LEAVES_OUT = "{% set messages = messages | selectattr('role', 'ne', 'system') | list %}"
 
 
-@pytest.mark.parametrize(("template", "turns"), [
-    (CHATML, ["system", "user"]), (CHATML.replace("m['content']", "m['content'] | trim"), ["system", "user"]),
-    (NO_SYSTEM, ["user"]), (LEAVES_OUT, ["user"])], ids=["system", "trimmed", "raises", "left out"])
-def test_a_system_message_has_the_place_that_the_template_gives_it(tokenizers, template, turns):
+@pytest.mark.parametrize(("before", "content", "turns"), [
+    ("", "message['content']", ["system", "user"]), ("", "(message['content'] | trim)", ["system", "user"]),
+    (NO_SYSTEM, "message['content']", ["user"]), (LEAVES_OUT, "message['content']", ["user"])])
+def test_a_system_message_has_the_place_that_the_template_gives_it(tokenizers, before, content, turns):
     """Token for token plain prompting with the same messages, or with it before the user's where there is no place."""
+    template = before + CHAT_TEMPLATE.replace("message['content']", content)
     tokenizer, system = with_template(tokenizers, template), "Be brief.\n\nCite."
     context = context_of(tokenizer, TWO[:1], system=system)
     message = "".join(piece if isinstance(piece, str) else f'<doc id="1">\n{TWO[0]}\n</doc>'

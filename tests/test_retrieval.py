@@ -14,7 +14,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from conftest import RUNTIME, TEXTS, passages_of
+from conftest import RUNTIME, TEXTS, build, passages_of, save_embedder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,14 +27,9 @@ few = settings(max_examples=40)
 
 @pytest.fixture(scope="module")
 def words_index(change, tmp_path_factory):
-    return lambda texts: change(tmp_path_factory.mktemp("words") / "index", [{"text": text} for text in texts],
-                                "bm25")[1]
-
-
-@pytest.fixture
-def bm25_index(tmp_path, build):
-    """Build an index for BM25 only: bm25_index([{"id", "text"}, ..], *flags) -> its folder."""
-    return lambda rows, *flags: build("index", rows, "--retriever", "bm25", *flags) and tmp_path / "index"
+    """An index for BM25 only: words_index(rows or texts, **options), opened."""
+    return lambda rows, **options: change(tmp_path_factory.mktemp("words") / "index", [
+        row if isinstance(row, dict) else {"text": row} for row in rows], "bm25", **options)[1]
 
 
 def ids_of(result):
@@ -43,15 +38,12 @@ def ids_of(result):
 
 # -- FAISS ------------------------------------------------------------------------
 
-
 def unit_vectors(n, dim, seed=0):
-    """(n, dim) random directions."""
     vectors = np.random.default_rng(seed).standard_normal((n, dim)).astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def filled(folder, kind, vectors):
-    """A FAISS index of one kind that holds the vectors, as it is opened."""
     index = writing.new_faiss(kind, vectors)
     index.add(vectors)
     faiss.write_index(index, str(folder / kind))
@@ -105,7 +97,6 @@ def test_ivfpq_gives_rows_that_exist(tmp_path, dim):
 
 # -- fusion -------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize(("rankings", "fused"), [
     # row 3 is second and first, row 7 first once, row 5 third
     ([{7: 0.9, 3: 0.8, 5: 0.1}, {3: 2.5}], {3: 1 / 62 + 1 / 61, 7: 1 / 61, 5: 1 / 63}),
@@ -121,25 +112,17 @@ def test_rrf_golden(rankings, fused):
     assert [score for _, score in found] == pytest.approx(list(fused.values()), rel=1e-12)
 
 
-CARS = [{"id": colour, "text": f"The {colour} car is parked outside the house."} for colour in ("blue", "green", "red")]
-
-
 @pytest.mark.models
 def test_a_tie_is_not_settled_by_the_order_of_the_corpus(tmp_path, write, done, ask):
     """BM25 knows no "crimson": to it the three are equal. Whatever the order, the embedder's order decides."""
-    for rows in (CARS, CARS[::-1]):
+    cars = [{"id": colour, "text": f"The {colour} car is parked outside the house."}
+            for colour in ("blue", "green", "red")]
+    for rows in (cars, cars[::-1]):
         done("index", "--corpus", write("cars.jsonl", rows), "--index_dir", tmp_path / "i")
         for retriever in ("dense", "hybrid"):
             result = ask(tmp_path / "i", "Which car is crimson?", "--retriever", retriever)
             assert ids_of(result) == ["red", "green", "blue"]
             assert len({p["scores"].get("bm25") for p in result["passages"]}) == 1
-
-
-def test_a_tie_beyond_the_candidates_is_no_worse_a_rank(words_index):
-    """150 equal passages, 100 candidates: the last row, which the other retriever likes best, is still first here."""
-    found = words_index(["a bell"] * 150).matching("bell", 100, others={149})
-    assert list(found) == [*range(100), 149] and len(set(found.values())) == 1
-    assert refrag.rrf([{149: 0.9, 0: 0.8}, found])[0][0] == 149
 
 
 def test_equal_passages_count_once(tmp_path, write, build, ask):
@@ -152,7 +135,6 @@ def test_equal_passages_count_once(tmp_path, write, build, ask):
 
 
 # -- words and BM25 -----------------------------------------------------------------
-
 
 @pytest.mark.parametrize(("text", "terms"), [
     ("The rivers of Spain", ["river", "spain"]), ("Connected CONNECTIONS, connecting!", ["connect"] * 3),
@@ -205,12 +187,6 @@ def textbook_bm25(texts, question):
     return scores
 
 
-def test_the_gates_idf_has_its_own_formula(words_index):
-    index = words_index(["The Rhone floods", "Bronze bells", "the of and", "长江", "A bronze bell on the river"])
-    assert [index.idf(term) for term in ("bronz", "river", "\u957f", "zebra")] == pytest.approx(
-        [math.log(1 + 5 / (0.5 + frequency)) for frequency in (2, 1, 1, 0)])
-
-
 VOCABULARY = ["river", "rivers", "bronze", "Bell", "old", "city", "the", "长", "江"]
 
 
@@ -243,26 +219,36 @@ def test_bm25_is_what_bm25s_builds(words_index, texts):
 
 @pytest.mark.filterwarnings("error")
 def test_bm25_of_ties_at_the_edge_of_topk_and_of_no_terms(words_index):
-    """Ties come in corpus order, though shorter passages score higher."""
+    """Ties come in corpus order, though shorter passages score higher. Of 150 equal ones the last, which the other
+    retriever likes best, is still first here. The gate's idf has a formula of its own."""
+    found = words_index(["a bell"] * 150).matching("bell", 100, others={149})
+    assert list(found) == [*range(100), 149] and len(set(found.values())) == 1
+    assert refrag.rrf([{149: 0.9, 0: 0.8}, found])[0][0] == 149
     assert list(words_index(["bell", "city", "bell", "bell", "bell bell"]).matching("bell", 3)) == [4, 0, 2]
     many, empty = words_index(["bell", "bell city"] * 50), words_index(["the of", "?"])
     assert list(many.matching("bell", 60)) == [*range(0, 100, 2), *range(1, 20, 2)]
     for question in ("zebra", "the of", "?!", "", "a"):
         assert many.matching(question, 5) == empty.matching(question, 5) == {}
+    index = words_index(["The Rhone floods", "Bronze bells", "the of and", "长江", "A bronze bell on the river"])
+    assert [index.idf(term) for term in ("bronz", "river", "\u957f", "zebra")] == pytest.approx(
+        [math.log(1 + 5 / (0.5 + frequency)) for frequency in (2, 1, 1, 0)])
 
 
 # -- index and search by the command line -----------------------------------------------
 
-
-@pytest.mark.parametrize(("retriever", "count"), [("hybrid", 3), ("dense", 3), ("bm25", 2)])
-def test_search_json(index_dir, ask, retriever, count):
-    result = ask(index_dir, "Which river crosses the old city?", "--topk", 3, "--retriever", retriever)
+@pytest.mark.parametrize(("retriever", "more", "count"), [
+    ("hybrid", ("--topk", 3), 3), ("dense", ("--topk", 3), 3), ("bm25", ("--topk", 3), 2), ("hybrid", ("--topk", 9), 6),
+    ("dense", ("--topk", 99), 6), ("hybrid", ("--hops", 2), 6), ("hybrid", ("--hops", 8), 6)])
+def test_search_json(index_dir, ask, retriever, more, count):
+    """Where more is asked for than there is, each passage comes once."""
+    result = ask(index_dir, "Which river crosses the old city?", "--retriever", retriever, *more)
     passages, scores = result["passages"], [p["score"] for p in result["passages"]]
     assert result["question"] == "Which river crosses the old city?"
     assert len({*ids_of(result)}) == len(passages) == count
     assert all(p.keys() == {"id", "title", "text", "source", "score", "scores", "rank", "metadata"} for p in passages)
     assert all(p["scores"].keys() <= {"dense", "bm25"} and p["scores"] for p in passages)
-    assert [p["rank"] for p in passages] == list(range(1, count + 1)) and scores == sorted(scores, reverse=True)
+    assert [p["rank"] for p in passages] == list(range(1, count + 1))
+    assert scores == sorted(scores, reverse=True) or "--hops" in more
     assert retriever != "bm25" or (passages[0]["id"], passages[0]["title"]) == ("a", "Title 0")
 
 
@@ -284,7 +270,6 @@ def test_each_retriever_ranks_as_its_oracle(index_dir, ask, embedder):
 
 
 def test_search_of_a_file_of_questions(write, index_dir, run):
-    """Also for people to read. Either a question or a file of them."""
     rows = [{"id": "q7", "question": "Which river floods?"}, {"question": "What is bronze?"}]
     common = ["search", "--index_dir", index_dir, "--questions", write("q.jsonl", rows), "--quiet"]
     results = json.loads(run(*common, "--format", "json")[1])["results"]
@@ -298,12 +283,11 @@ def test_search_of_a_file_of_questions(write, index_dir, run):
 LONG = " ".join(f"river{i} word{i}." for i in range(60))
 
 
-def test_trec_counts_a_split_document_once_at_its_best_rank(bm25_index, run):
-    """Lines have six columns; a question without results has none."""
+def test_trec_counts_a_split_document_once_at_its_best_rank(words_index, run):
     rows = [{"id": "long", "text": LONG}, {"id": "a#2", "text": "river3 elsewhere"},
             {"id": "my notes.txt", "text": "other words"}]
-    index = bm25_index(rows, "--max_passage_tokens", 32, "--overlap", 8)
-    common = ["search", "--index_dir", index, "--retriever", "bm25", "--quiet", "--question"]
+    index = words_index(rows, size=32)
+    common = ["search", "--index_dir", index.path, "--retriever", "bm25", "--quiet", "--question"]
     question = "river3 word3 river40 elsewhere other"
     passages = json.loads(run(*common, question, "--json")[1])["passages"]
     found = [p["id"] for p in passages]
@@ -318,15 +302,13 @@ def test_trec_counts_a_split_document_once_at_its_best_rank(bm25_index, run):
     assert run(*common, "zebra", "--format", "trec")[:2] == (0, "")
 
 
-HOPS = [{"id": "bell", "title": "Aix bell", "text": "The bell of Aix was cast by Ludovic Ferrand. It is large."},
-        {"id": "ferrand", "text": "Ludovic Ferrand grew up in Norway."},
-        {"id": "copper", "text": "Copper melts at a high temperature."},
-        {"id": "barents", "text": "Norway borders the Barents Sea."}]
-
-
-def test_a_second_hop_follows_the_first(bm25_index, ask):
+def test_a_second_hop_follows_the_first(words_index, ask):
     """The question shares no word with the passage that answers it; the passage between them does."""
-    index, question = bm25_index(HOPS), "Which country was home to the maker of the Aix bell?"
+    hops = [{"id": "bell", "title": "Aix bell", "text": "The bell of Aix was cast by Ludovic Ferrand. It is large."},
+            {"id": "ferrand", "text": "Ludovic Ferrand grew up in Norway."},
+            {"id": "copper", "text": "Copper melts at a high temperature."},
+            {"id": "barents", "text": "Norway borders the Barents Sea."}]
+    index, question = words_index(hops).path, "Which country was home to the maker of the Aix bell?"
     assert ids_of(ask(index, question)) == ["bell"]
     assert ids_of(ask(index, question, "--hops", 2)) == ["bell", "ferrand"]
     # the third starts from the best passage that the second did not start from
@@ -336,15 +318,8 @@ def test_a_second_hop_follows_the_first(bm25_index, ask):
 
 def test_reranker_reorders_the_candidates(index_dir, ask, monkeypatch):
     seen = []
-
-    def load(name, runtime):
-        def rerank(question, texts):
-            seen.append((name, question, texts))
-            return np.array([float(len(text)) for text in texts])
-
-        return rerank
-
-    monkeypatch.setattr(refrag, "load_reranker", load)
+    monkeypatch.setattr(refrag, "load_reranker", lambda name, runtime: lambda question, texts: (
+        seen.append((name, question, texts)), np.array([float(len(text)) for text in texts]))[1])
     passages = ask(index_dir, "old city", "--rerank", "some/model", "--topk", 2)["passages"]
     lengths = {passage.id: len(passage.content) for passage in passages_of(index_dir)}
     best = sorted(lengths, key=lambda i: -lengths[i])[:2]
@@ -355,17 +330,9 @@ def test_reranker_reorders_the_candidates(index_dir, ask, monkeypatch):
     assert sorted(texts) == sorted(passage.content for passage in passages_of(index_dir))  # with their titles
 
 
-@pytest.mark.parametrize("more", [("--topk", 9), ("--topk", 99, "--retriever", "dense"), ("--hops", 2), ("--hops", 8)])
-def test_more_than_there_is_gives_each_passage_once(index_dir, ask, more):
-    result = ask(index_dir, "Which river crosses the old city?", *more)
-    assert sorted(ids_of(result)) == list("abcdef")
-    assert all(p["scores"] and set(p["scores"]) <= {"dense", "bm25"} for p in result["passages"])
-
-
-def test_a_bm25_index_needs_no_embedder(bm25_index, ask, refused):
-    """A title is part of the content."""
-    rows = [{"id": "a", "title": "Zebra", "text": "A river."}, {"id": "b", "text": "A bell."}]
-    index = bm25_index(rows, "--embed_model", "missing")
+def test_a_bm25_index_needs_no_embedder(tmp_path, build, ask, refused):
+    rows, index = [{"id": "a", "title": "Zebra", "text": "A river."}, {"id": "b", "text": "A bell."}], tmp_path / "i"
+    build("i", rows, "--retriever", "bm25", "--embed_model", "missing")
     assert [ids_of(ask(index, question)) for question in ("bells", "zebra")] == [["b"], ["a"]]
     assert [passage.content for passage in passages_of(index)] == ["Zebra\nA river.", "A bell."]
     opened = refrag.open_index(str(index))
@@ -374,7 +341,6 @@ def test_a_bm25_index_needs_no_embedder(bm25_index, ask, refused):
 
 
 # -- filters --------------------------------------------------------------------------
-
 
 @pytest.fixture(scope="module")
 def filtered(change, tmp_path_factory):
@@ -397,21 +363,19 @@ def filtered(change, tmp_path_factory):
     return rows, indexes
 
 
-def as_float(text):
-    """A number, or one that differs from all others and compares with none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
 def holds(row, sign, name, value):
     """Whether a condition holds for a record's field, or for one element of a list: numbers compare as such."""
-    compare, found = SIGNS[sign], row.get(name)
+    def as_float(text):
+        try:
+            return float(text)
+        except ValueError:
+            return math.nan  # it differs from all others and compares with none
+
+    found = row.get(name)
     texts = [str(one).lower() if isinstance(one, bool) else str(one)
              for one in (found if isinstance(found, list) else [found]) if one is not None]
-    return any(compare(text, value) if math.isnan(as_float(value)) else compare(as_float(text), as_float(value))
-               for text in texts)
+    read = str if math.isnan(as_float(value)) else as_float
+    return any(SIGNS[sign](read(text), read(value)) for text in texts)
 
 
 SIGNS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt,
@@ -448,32 +412,26 @@ def test_a_filter_passes_what_plain_python_passes(filtered, alternatives, quoted
     assert index.matching("river field", topk, where) == dict(list(every.items())[:topk])
 
 
-def test_a_filter_golden():
+def test_a_filter_golden_and_one_that_cannot_be_read(tmp_path, build, refused):
     assert refrag.parse_where("year >= 1990 and lang=en or 'a b' != \"'t Hooft\"") == [
         [(">=", "year", "1990"), ("=", "lang", "en")], [("!=", "a b", "'t Hooft")]]
-
-
-@pytest.mark.parametrize("where", [
-    " ", "year", "year >=", ">= 5", "year >= 1 and", "year = 1 andlang = en", "year =< 5", "year ! 5", "a = 'b",
-    "year = 1 lang = en", "year = 1 or or lang = en", "zebra = 5", "pat = rows.jsonl", "(year = 1)"])
-def test_a_filter_that_cannot_be_read_is_refused(tmp_path, build, refused, where):
     build("i", [{"id": "a", "text": "A river.", "year": 1990, "lang": "en"}], "--retriever", "bm25")
-    assert "--where" in refused(2, "search", "--index_dir", tmp_path / "i", "--question", "q", "--where", where)
+    for where in (" ", "year", "year >=", ">= 5", "year >= 1 and", "year = 1 andlang = en", "year =< 5", "year ! 5",
+                  "a = 'b", "year = 1 lang = en", "year = 1 or or lang = en", "zebra = 5", "pat = rows.jsonl",
+                  "(year = 1)"):
+        message = refused(2, "search", "--index_dir", tmp_path / "i", "--question", "q", "--where", where)
+        assert "--where" in message, where
 
 
-@pytest.mark.parametrize("retriever", ["hybrid", "dense", "bm25"])
-def test_searches_are_filtered(filtered, ask, retriever):
-    """In each hop, too."""
-    folder = filtered[1]["flat"].path
-    for hops in (1, 2):
-        found = ask(folder, "river 7 floods", "--where", "year = 1990 and lang = en", "--retriever", retriever,
-                    "--hops", hops)["passages"]
+def test_searches_are_filtered(filtered, ask):
+    for retriever, hops in itertools.product(("hybrid", "dense", "bm25"), (1, 2)):
+        found = ask(filtered[1]["flat"].path, "river 7 floods", "--where", "year = 1990 and lang = en", "--retriever",
+                    retriever, "--hops", hops)["passages"]
         assert len(found) == 8
         assert all(float(p["metadata"]["year"]) == 1990 and "en" in p["metadata"]["lang"] for p in found)
 
 
 # -- chunk tables -----------------------------------------------------------------------------
-
 
 def test_merge_chunks_golden():
     """Weights are the sizes: (4 * 1 + 2 * 4) / 6 = 2. The last, alone, stays: 6. An empty chunk counts as one token.
@@ -502,9 +460,7 @@ def test_late_chunk_vectors_golden():
 
 @pytest.fixture(scope="module")
 def encoder(llama):
-    """The tiny decoder's first two layers as an encoder."""
-    config = refrag.RefragConfig(encoder_name_or_path="decoder:2", decoder_name_or_path=str(llama))
-    return refrag.build_model(config, torch.device("cpu"), torch.float32).encoder
+    return build("decoder:2", llama).encoder
 
 
 def table_at(encoder, content, k=4):
@@ -513,7 +469,6 @@ def table_at(encoder, content, k=4):
 
 @pytest.mark.parametrize("content", [*TEXTS, LONG])
 def test_chunks_of_4_give_those_of_8_and_16(encoder, content):
-    """The last is beyond the encoder's window."""
     small = table_at(encoder, content)
     for factor in (2, 4):
         merged, direct = refrag.merge_chunks(small, factor), table_at(encoder, content, 4 * factor)
@@ -548,7 +503,8 @@ def test_vectors_in_8_bits_are_within_half_a_step(seed, N):
 
 
 def test_stored_tables_are_those_made_now(index_dir, embedder, encoder):
-    """Unless they would be of another k or encoder."""
+    """Unless they would be of another k or encoder. Chunks beyond the 64 tokens that the embedder reads have the whole
+    passage's vector."""
     index, model = refrag.open_index(str(index_dir)), refrag.load_embedder(str(embedder), RUNTIME)
     for k in (4, 8, 16):
         chunking = refrag.Chunking(k, encoder.tokenizer, encoder)
@@ -566,6 +522,9 @@ def test_stored_tables_are_those_made_now(index_dir, embedder, encoder):
     assert [index.chunk_table(0, k, encoder.fingerprint) is None for k in (2, 6, 12)] == [True, True, False]
     for other in (None, "0" * 16):
         assert index.chunk_table(0, 4, other).states is None and index.chunk_table(0, 4, other).embeddings is not None
+    vectors, (table,) = refrag.chunk_tables([LONG], refrag.Chunking(4, encoder.tokenizer), model, 1)
+    np.testing.assert_allclose(table.embeddings[-1], vectors[0], atol=1e-6)
+    assert np.abs(table.embeddings[0] - vectors[0]).max() > 1e-3
 
 
 def test_the_embedder_computes_in_bfloat16_where_the_device_does(embedder, monkeypatch):
@@ -586,7 +545,6 @@ def test_the_embedder_computes_in_bfloat16_where_the_device_does(embedder, monke
 
 
 def test_queries_embedded_together_are_those_embedded_alone(embedder, monkeypatch):
-    """And a few of them are remembered."""
     questions = ["Who casts bells?", "Where does the river flood the old town in spring?", "What grazes?"]
     model = refrag.load_embedder(str(embedder), RUNTIME)
     alone = [model.embed_query(question).copy() for question in questions]
@@ -603,12 +561,7 @@ def test_queries_embedded_together_are_those_embedded_alone(embedder, monkeypatc
 @pytest.mark.parametrize("lacking", [("pad_token",), ("pad_token", "eos_token", "unk_token")])
 def test_an_embedder_without_a_pad_token(tmp_path, build, ask, llama, lacking):
     """Vectors are those of each text by itself, whatever token fills a batch up."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
-    transformer = Transformer(str(llama), max_seq_length=64)
-    modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")]
-    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "model"))
+    save_embedder(tmp_path / "model", llama, seed=1)
     for path in [*(tmp_path / "model").rglob("tokenizer_config.json"), *tmp_path.rglob("special_tokens_map.json")]:
         facts = json.loads(path.read_text())
         path.write_text(json.dumps({key: value for key, value in facts.items() if key not in lacking}))
@@ -618,14 +571,6 @@ def test_an_embedder_without_a_pad_token(tmp_path, build, ask, llama, lacking):
     np.testing.assert_allclose(model.embed_passages(texts), alone, atol=1e-5)
     build("i", [{"text": text} for text in texts], "--embed_model", tmp_path / "model")
     assert ids_of(ask(tmp_path / "i", texts[1], "--retriever", "dense"))[0] == "rows.jsonl:2"
-
-
-def test_gate_vectors_beyond_what_the_embedder_reads_are_the_passages(embedder, encoder):
-    """The embedder reads 64 tokens; chunks after those have the whole passage's vector."""
-    model, chunking = refrag.load_embedder(str(embedder), RUNTIME), refrag.Chunking(4, encoder.tokenizer)
-    vectors, (table,) = refrag.chunk_tables([LONG], chunking, model, 1)
-    np.testing.assert_allclose(table.embeddings[-1], vectors[0], atol=1e-6)
-    assert np.abs(table.embeddings[0] - vectors[0]).max() > 1e-3
 
 
 @pytest.mark.parametrize(("prompt", "side"), [("", "right"), ("", "left"), ("passage: ", "right")])

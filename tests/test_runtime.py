@@ -17,7 +17,6 @@ CPU = torch.device("cpu")
 
 # ---- Whole files and folders ----------------------------------------------------------------------------------------
 
-
 def test_a_picture_is_replaced_whole(tmp_path):
     refrag.save_figure(tmp_path / "a.png", 2, (2, 1), lambda left, right: (left.plot([1, 2]), right.plot([2, 1])))
     before = tree(tmp_path)
@@ -39,7 +38,6 @@ def test_a_folder_that_was_moved_aside_comes_back_or_goes_with_the_next_writing(
 
 
 # ---- Manifests ------------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def manifest(tmp_path) -> Path:
@@ -64,17 +62,14 @@ def test_many_bytes_are_read_only_where_all_are_to_be(manifest, monkeypatch):
 
 # ---- Clocks, devices, progress --------------------------------------------------------------------------------------
 
-
-def test_a_stopwatch_adds_up_seconds_by_stage():
-    """The clock reads 1, 2, 4, 8, 16, 32: stages of 1, 4 and 16 seconds; what lies between belongs to none."""
+def test_a_stopwatch_waits_for_the_device_and_adds_up_seconds_by_stage(monkeypatch):
+    """The clock reads 1, 2, 4, 8, 16, 32: stages of 1, 4 and 16 seconds; what lies between belongs to none. The device
+    is waited for before the clock is read."""
     watch = refrag.Stopwatch(CPU, clock=(2**i for i in itertools.count()).__next__)
     for name in ("gate_s", "pack_s", "gate_s"):
         with watch.stage(name):
             pass
     assert watch.seconds == {"gate_s": 1 + 16, "pack_s": 4}
-
-
-def test_a_stopwatch_waits_for_the_device_before_it_reads_the_clock(monkeypatch):
     steps = []
     monkeypatch.setattr(refrag, "synchronize", lambda device: steps.append(device))
     watch = refrag.Stopwatch(CPU, clock=lambda: steps.append("clock") or 0.0)
@@ -114,14 +109,8 @@ def test_freed_memory_is_kept(forks):
     assert kept < 32 < before
 
 
-@pytest.mark.parametrize("system", ["darwin", "win32"])
-def test_the_allocator_is_left_alone_elsewhere(monkeypatch, system):
-    monkeypatch.setattr(refrag.sys, "platform", system)
-    monkeypatch.setattr(refrag.ctypes, "CDLL", None)
-    refrag.keep_memory()
-
-
 def test_devices_and_precision(monkeypatch):
+    assert doctor.all_reduce_check() == {"processes": 1, "sum_of_ranks": 0.0, "ok": True}
     assert refrag.pick_device("auto").type in ("cuda", "mps", "cpu")
     assert refrag.pick_device("cpu") == CPU
     refrag.synchronize(CPU)
@@ -133,6 +122,10 @@ def test_devices_and_precision(monkeypatch):
         assert refrag.pick_dtype("auto", CPU) is refrag.pick_dtype("float32", CPU, encoding=True) is torch.float32
         assert refrag.pick_dtype("bfloat16", CPU) is torch.bfloat16
         assert (refrag.pick_dtype("auto", CPU, encoding=True) is torch.bfloat16) == able
+    monkeypatch.setattr(refrag.ctypes, "CDLL", None)
+    for system in ("darwin", "win32"):  # the allocator is left alone
+        monkeypatch.setattr(refrag.sys, "platform", system)
+        refrag.keep_memory()
 
 
 def test_prepare_runtime_seeds_torch_and_sets_the_threads():
@@ -153,7 +146,3 @@ def test_notices_go_to_stderr_and_quiet_silences_them(monkeypatch, capsys, quiet
     assert list(refrag.progress([1, 2], "reading")) == [1, 2]
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "" if quiet else "passages are cut\n")
-
-
-def test_the_all_reduce_check_of_one_process():
-    assert doctor.all_reduce_check() == {"processes": 1, "sum_of_ranks": 0.0, "ok": True}

@@ -24,8 +24,7 @@ START, END = 1, 2  # the tiny decoders' tokens for the start of a sequence and t
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(home, monkeypatch) -> None:
-    """They take longer than a step."""
+def no_pictures(home, monkeypatch) -> None:  # they take longer than a step
     monkeypatch.setattr(refrag.RunLog, "plot", lambda log: None)
 
 
@@ -181,7 +180,6 @@ def text_lessons(tmp_path, whole):
 
 
 def asked(sequence: refrag.TrainingSequence) -> list[int]:
-    """What should be said, in order."""
     return sequence.labels[sequence.labels >= 0].tolist()
 
 
@@ -442,7 +440,12 @@ def test_the_right_passage_is_shown_and_cited(lessons_on, encoder, topk):
 
 
 def test_passages_come_by_rank_and_a_missed_one_somewhere(lessons_on, ranked):
-    """The right one is not found at all: it is put among the others, which lose their last."""
+    """The right one is not found at all: it is put among the others, which lose their last. Each number from topk_min
+    to topk comes up."""
+    ranked(3, 4, 5, 0, 1)
+    lessons = lessons_on(topk=4, topk_min=2)
+    seen = [read(lessons, lessons.draw(0, rng(seed), 0.0))[1] for seed in range(40)]
+    assert {len(rows) for rows in seen} == {2, 3, 4} and all(GOLD[0] in rows for rows in seen)
     ranked(3, 0, 4, 1)
     lessons, places = lessons_on([QUESTIONS[2] | {"question": "Which river crosses the old city?"}]), Counter()
     for seed in range(30):
@@ -462,22 +465,17 @@ def test_a_passage_taken_away_means_no_answer(lessons_on, ranked):
     assert "Rhone" not in read(lessons, lessons.draw(0, rng(), 0.0))[0]
 
 
-def test_a_share_of_the_questions_has_no_answer_and_those_without_a_right_passage(lessons_on):
-    """No text has the answer of one; that which another names is not in the index."""
+def test_a_share_of_the_questions_has_no_answer_and_those_without_a_right_passage(lessons_on, capsys):
+    """No text has the answer of one; that which another names is not in the index. Without any true answer they are
+    left out and counted."""
+    assert len(lessons_on([QUESTIONS[0], *({"question": q, "answers": []} for q in ("Who?", "Why?"))])) == 1
+    assert ": left out 2 without answers\n" in capsys.readouterr().err
     lessons = lessons_on(no_answer_frac=0.3)
     said = [read(lessons, lessons.draw(0, rng(seed), 0.0))[2] for seed in range(100)]
     assert 0.15 < said.count(NONE) / 100 < 0.45
     lessons = lessons_on([{"question": "Which is it?", "answers": ["Nobody at all"]}, QUESTIONS[0],
                           {"question": "Which is it?", "answers": ["Rhone"], "positive_ids": ["elsewhere"]}])
     assert [read(lessons, lessons.draw(n, rng(), 0.0))[2] == NONE for n in range(3)] == [True, False, True]
-
-
-def test_how_many_passages_are_shown_may_vary(lessons_on, ranked):
-    """Each number from topk_min to topk comes up, the right passage always among them."""
-    ranked(3, 4, 5, 0, 1)
-    lessons = lessons_on(topk=4, topk_min=2)
-    seen = [read(lessons, lessons.draw(0, rng(seed), 0.0))[1] for seed in range(40)]
-    assert {len(rows) for rows in seen} == {2, 3, 4} and all(GOLD[0] in rows for rows in seen)
 
 
 def test_a_share_of_the_questions_asks_for_the_sentence(lessons_on):
@@ -489,18 +487,13 @@ def test_a_share_of_the_questions_asks_for_the_sentence(lessons_on):
         assert said.partition(" [")[0] == (TEXTS[0].partition(" It floods")[0] if told else "Rhone")
         counts[told] += 1
     assert 20 <= counts[True] <= 60
-
-
-@pytest.mark.parametrize(("answer", "text", "sentence"), [
-    ("1896", "It is old. It was built in 1896! Nobody knows.", "It was built in 1896!"),
-    ("the RHONE", "The Rhone floods. We saw the Rhone at Lyon.", "The Rhone floods."),
-    ("Lyon", "Lyon lies low. Which river floods Lyon? The Rhone.", "Which river floods Lyon?"),
-    ("\u6cb3", "\u5c71\u3002\u6cb3\u6c34\u3002\u65e5\u3002", "\u6cb3\u6c34\u3002"),
-    ("absent", "It is old.", None),
-])
-def test_the_sentence_with_an_answer(answer, text, sentence):
-    """Of several, the one that has most of the question's words; the first of equal ones."""
-    assert refrag.sentence_with(answer, text, "Which river floods?") == sentence
+    # of several sentences, the one that has most of the question's words; the first of equal ones
+    for answer, text, sentence in (
+            ("1896", "It is old. It was built in 1896! Nobody knows.", "It was built in 1896!"),
+            ("the RHONE", "The Rhone floods. We saw the Rhone at Lyon.", "The Rhone floods."),
+            ("Lyon", "Lyon lies low. Which river floods Lyon? The Rhone.", "Which river floods Lyon?"),
+            ("\u6cb3", "\u5c71\u3002\u6cb3\u6c34\u3002\u65e5\u3002", "\u6cb3\u6c34\u3002"), ("absent", "Old.", None)):
+        assert refrag.sentence_with(answer, text, "Which river floods?") == sentence
 
 
 def test_everything_as_text_is_the_plain_prompt(lessons_on):
@@ -531,7 +524,6 @@ def test_no_more_than_a_share_of_the_context_stays_text(lessons_on, encoder, p):
 
 
 def open_chunks(item: refrag.Item) -> set[int]:
-    """The numbers of the chunks that stay text."""
     return set(range(len(item.sequence.content.chunks))) - {-v - 1 for v in item.sequence.plan.tolist() if v < 0}
 
 
@@ -627,11 +619,6 @@ def test_the_exam_has_each_k_and_p_takes_nothing_away_and_asks_for_answers(tmp_p
         assert all(item.rows and set(item.rows) <= set(range(len(lessons.index))) for item in items)
         assert not any("Quote the sentence" in read(lessons, item)[0] for item in items)
         assert all(np.array_equal(a.sequence.plan, b.sequence.plan) for a, b in zip(items, again[name], strict=True))
-
-
-def test_questions_without_an_answer_are_left_out_and_counted(lessons_on, capsys):
-    assert len(lessons_on([QUESTIONS[0], *({"question": q, "answers": []} for q in ("Who?", "Why?"))])) == 1
-    assert ": left out 2 without answers\n" in capsys.readouterr().err
 
 
 # -- the order of the data -------------------------------------------------------------------
@@ -731,7 +718,6 @@ SHORT = ("--k", "4", "--seq_tokens", "32", "--batch_size", "2", "--steps", "2", 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory, words) -> dict[str, list[object]]:
-    """The options that name each phase's data."""
     folder = tmp_path_factory.mktemp("data")
     texts = ["--train_json", write(folder / "t.jsonl", [{"text": text} for text in TEXTS])]
     questions = ["--rag_json", write(folder / "q.jsonl", QUESTIONS), "--index_dir", words, "--topk", "2"]
@@ -764,7 +750,6 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def logged(folder: Path) -> list[dict]:
-    """Those of them that tell of steps."""
     return [record for record in metrics(folder) if "loss" in record]
 
 
@@ -899,13 +884,13 @@ def test_a_run_says_what_it_takes_to_make_it_again(train, sources, tmp_path, lla
                              "command": ["refrag.py", "cpt_next", "--and_so_on"]}
 
 
-@pytest.mark.parametrize("share", [0, 0.5])
-def test_the_gate_is_loaded_only_to_choose(train, monkeypatch, share):
+def test_the_gate_is_loaded_only_to_choose(train, monkeypatch):
     """A gate that would be refused hinders no training in which it chooses nothing."""
     asked = []
     monkeypatch.setattr(refrag, "load_gate", lambda *given: asked.append(given))
-    train("sft", "run", "--gate_frac", share, "--steps", 1)
-    assert len(asked) == (share > 0)
+    for share in (0, 0.5):
+        train("sft", f"run{share}", "--gate_frac", share, "--steps", 1)
+        assert len(asked) == (share > 0)
 
 
 def test_a_checkpoint_with_the_state_of_torchs_generator_goes_on(train, tmp_path, monkeypatch):

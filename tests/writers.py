@@ -26,7 +26,6 @@ ASKED = [("Where do smiths cast bells?", "the valley", "b"), ("Who wrote the not
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
 
-
 def tree(folder: Path) -> dict[str, bytes]:
     """The files of a folder by name, but for locks."""
     files = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.endswith("lock"))
@@ -151,11 +150,9 @@ for line in sys.stdin:
 
 
 class Forks:
-    """Runs commands in processes of their own that need not import anything: forks of one that has done so.
-
-    Each has caches of its own. It can be told to send itself signals just before its n-th change of a file, or to fail
-    there; SIGKILL also takes the last bytes of the file that was being written.
-    """
+    """Runs commands in processes of their own that need not import anything: forks of one that has done so. Each has
+    caches of its own. It can be told to send itself signals just before its n-th change of a file, or to fail there;
+    SIGKILL also takes the last bytes of the file that was being written."""
 
     def __init__(self, folder: Path):
         self.log, self.server = folder / "log", None
@@ -171,10 +168,8 @@ class Forks:
 
     def start(self, argv: list[object], watch: Path | str = "-", faults: dict[int, int] | None = None,
               log: Path | None = None, reads: bool = False, **env: object) -> int:
-        """Start a command; returns the process id. faults: a signal or -errno by number of a change in `watch`.
-
-        reads: to open a file for reading counts as a change.
-        """
+        """Start a command; returns the process id. faults: a signal or -errno by number of a change in `watch`; with
+        `reads`, to open a file for reading is one."""
         return self.ask(argv=[str(a) for a in argv], watch=str(watch), faults=faults or {}, log=str(log or self.log),
                         reads=reads, env={name: str(value) for name, value in env.items()})
 
@@ -183,7 +178,6 @@ class Forks:
         return self.ask(pid=pid)
 
     def run(self, argv: list[object], *how: object, **more: object) -> object:
-        """Run a command to its end: its exit code, see `wait`."""
         return self.wait(self.start(argv, *how, **more))
 
     def run_two(self, argv: list[object]) -> list[str]:
@@ -194,8 +188,7 @@ class Forks:
                       "MASTER_PORT": free.getsockname()[1], "REFRAG_HOME": self.log.with_name("shared")}
         logs = [self.log.with_name(f"log{rank}") for rank in range(2)]
         pids = [self.start(argv, log=logs[rank], RANK=rank, LOCAL_RANK=rank, **shared) for rank in range(2)]
-        codes = [self.wait(pid) for pid in pids]
-        assert codes == [0, 0], [Path(f"{log}.err").read_text() for log in logs]
+        assert [self.wait(pid) for pid in pids] == [0, 0], [Path(f"{log}.err").read_text() for log in logs]
         return [Path(f"{log}.out").read_text() for log in logs]
 
     @property
@@ -221,7 +214,6 @@ def forks(tmp_path_factory):
 
 # ---- Commands that write --------------------------------------------------------------------------------------------
 
-
 class Writer(NamedTuple):
     """A command that writes a folder, and what stands there before."""
 
@@ -236,8 +228,9 @@ WRITERS = {
     "index --delete": Writer("delete", "words"), "cpt_recon": Writer("cpt_recon", None, True),
     "cpt_recon after damage": Writer("cpt_recon", "damaged", True), "train_gate": Writer("train_gate"),
     "save_pretrained": Writer("save", "checkpoint"), "export": Writer("export"), "eval": Writer("eval", None, True),
-    "bench": Writer("bench", "bench", True),
-}
+    "bench": Writer("bench", "bench", True)}
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory, corpus) -> Path:
     folder = tmp_path_factory.mktemp("files")
@@ -279,8 +272,7 @@ def line(files, corpus, llama, embedder, index_dir):
         "bench": ["bench", *index, "--question", ASKED[0][0], "--contexts", 60, "--p", 0, "--new", 3, "--repeats", 2,
                   *models],
         "export": ["export", *index, "--question", ASKED[0][0], "--max_new", 3, *models],
-        "generate": ["generate", *index, "--questions", asked, "--topk", 2, "--max_new", 4, *models, "--resume"],
-    }
+        "generate": ["generate", *index, "--questions", asked, "--topk", 2, "--max_new", 4, *models, "--resume"]}
 
     def call(command: str, out: Path, *more: object) -> list[object]:
         flag = {"index": "--index_dir", "generate": "--out"}.get(lines[command][0], "--out_dir")
