@@ -331,11 +331,13 @@ class GenerateConfig(Options):
 
 
 class BenchConfig(Options):
+    task: str = opt("answer", "what is timed: answers, or steps of training on random texts", choices="answer train")
     contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192), "tokens; whole passages, as many as fit", low=1)
-    modes: tuple[str, ...] = opt(("full", "refrag", "none"), "what is timed", choices="full refrag none")
+    modes: tuple[str, ...] = opt(("full", "refrag", "none"), "prompts that are timed", choices="full refrag none")
     k: tuple[int, ...] = like(PackConfig, "k", default=(8, 16, 32))
     p: tuple[float, ...] = like(PackConfig, "p", default=(0.0, 0.1, 0.25))
-    batch_size: tuple[int, ...] = opt((1,), "copies of the question answered together", low=1)
+    batch_size: tuple[int, ...] = opt((1,), "copies of the question answered together, or texts of a step", low=1)
+    lora_r: int = opt(0, "--task train: train the decoder through LoRA of this rank; 0: all its weights", low=0)
     new: int = opt(32, "tokens decoded each time", low=1)
     repeats: int = opt(5, "rounds that count, after one to warm up", low=1)
     question: str = opt("Which people, places and events are described, and when did it happen?", "what is asked")
@@ -575,7 +577,7 @@ COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *conf
     ("serve", "Answer OpenAI-style requests over HTTP, and show a page to ask from.", ServeConfig, *ANSWERING),
     ("export", "Write a question's mixed prompt as embeddings, for vLLM.", ExportConfig, QuestionConfig, *ANSWERING),
     ("eval", "Measure answers, rankings, gate or vectors against controls.", EvalConfig, *RETRIEVAL, ReaderConfig),
-    ("bench", "Time the first token and those after it by context length.", BenchConfig, IndexConfig, ReaderConfig),
+    ("bench", "Time answers by context length, or steps of training.", BenchConfig, IndexConfig, ReaderConfig),
     ("doctor", "Show device, versions, models and an index's integrity.", IndexConfig, ModelConfig, DoctorConfig),
 )}
 
@@ -2623,16 +2625,98 @@ def takes(decoder_class: type, name: str) -> bool:
     return name in inspect.signature(decoder_class.forward).parameters
 
 
+NOBODIES = 256  # a GPU would add thousands of states to one row one after the other
+
+
 def segment_means(states: Tensor, owners: Tensor, count: int) -> Tensor:
     """Mean of the states of each owner, zeros for an owner without any.
 
     states: (T, E); owners: (T,), range [-1, count), -1 for none. Returns (count, E).
     Example: states [[1], [3], [7]], owners [0, 0, -1], count 1 -> [[2]]
     """
-    owners = owners % (count + 1)  # -1 becomes an extra owner, the last, which is dropped
-    sums = states.new_zeros(count + 1, states.shape[1]).index_add(0, owners, states)
-    sizes = torch.bincount(owners, minlength=count + 1).clamp_min(1).unsqueeze(1)
-    return (sums / sizes.to(states.dtype))[:count]
+    nobody = count + torch.arange(len(owners), device=owners.device) % NOBODIES  # rows that are dropped
+    owners = torch.where(owners < 0, nobody, owners)
+    sums = states.new_zeros(count + NOBODIES, states.shape[1]).index_add(0, owners, states)[:count]
+    sizes = states.new_zeros(count + NOBODIES).index_add(0, owners, states.new_ones(len(owners)))[:count]
+    return sums / sizes.clamp_min(1).unsqueeze(1)
+
+
+VARLEN = torch.__version__ >= (2, 12)  # the first one whose kernel takes grouped heads
+if VARLEN:
+    from torch.nn.attention.varlen import varlen_attn
+
+
+QUERY_BLOCK = 128
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """Attention of one text, (H, T, D), by products of matrices: on CPUs faster than torch's kernel, in bfloat16 two to
+    three times. In blocks of queries, for which what lies ahead is not computed. key, value: (KV, T, D)."""
+    KV, T, D = key.shape
+    query, blocks = query.reshape(KV, -1, T, D), []  # (KV, G, T, D), the G heads of a group share a product
+    for start in range(0, T, QUERY_BLOCK):
+        part, end = query[:, :, start : start + QUERY_BLOCK], min(start + QUERY_BLOCK, T)
+        hidden = part.new_full((end - start, end), -math.inf)
+        hidden = hidden.triu(start + 1) + hidden.tril(start - (window or T))
+        scores = torch.baddbmm(hidden.repeat(query.shape[1], 1), part.flatten(1, 2), key[:, :end].mT,
+                               alpha=scaling or D**-0.5)  # (KV, G * block, end)
+        blocks.append(torch.bmm(scores.softmax(-1), value[:, :end]).view_as(part))
+    return torch.cat(blocks, dim=2).flatten(0, 1)
+
+
+def attend_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                   cu_seq_lens_q: Tensor | None = None, scaling: float | None = None,
+                   **more: Any) -> tuple[Tensor, None]:
+    """Causal attention within each of the n texts of a row. query: (1, H, P, D); key, value: as many heads or fewer.
+
+    cu_seq_lens_q: (n + 1,), where texts begin and end; without it, what "sdpa" does. Returns (1, P, H, D).
+    """
+    if cu_seq_lens_q is None:
+        return ATTENTION["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **more)
+    query, key, window = query.to(value.dtype), key.to(value.dtype), more.get("sliding_window")
+    if value.is_cuda and value.dtype != torch.float32 and VARLEN:
+        parts, longest = (part[0].transpose(0, 1) for part in (query, key, value)), more["max_length_q"]
+        return varlen_attn(*parts, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, enable_gqa=True,
+                           window_size=(window - 1 if window else -1, 0))[None], None
+    texts = zip(*(part[0].split(cu_seq_lens_q.diff().tolist(), dim=1) for part in (query, key, value)), strict=True)
+    return torch.cat([causal_attention(*text, scaling, window) for text in texts], dim=1).transpose(0, 1)[None], None
+
+
+ATTENTION = transformers.AttentionInterface()
+ATTENTION.register("by_text", attend_by_text)
+transformers.AttentionMaskInterface.register("by_text", transformers.AttentionMaskInterface()["sdpa"])
+
+
+def row_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """What a decoder needs to read texts of these lengths in one row, each as if it stood alone."""
+    sizes = torch.tensor([0, *lengths], device=device)
+    ends, P = sizes.cumsum(0), sum(lengths)
+    starts = torch.repeat_interleave(ends[:-1], sizes[1:], output_size=P)
+    return {"position_ids": (torch.arange(P, device=device) - starts)[None], "cu_seq_lens_q": ends.int(),
+            "max_length_q": max(lengths), "attention_mask": torch.empty(1, 1, 1, 1, device=device),  # 4D: make none
+            "use_cache": False}
+
+
+@torch.no_grad()
+def can_pack(decoder: nn.Module) -> bool:
+    """Whether texts that share a row stay apart in a decoder, or one without its head; found by trying, once.
+
+    They don't where layers are recurrent, or where attention has a form that `attend_by_text` does not know.
+    """
+    if "packs" not in vars(decoder):
+        config, weight, decoder.packs = decoder.config, decoder.get_input_embeddings().weight, False
+        plain = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+        if plain and config._attn_implementation == "sdpa" and decoder._can_set_attn_implementation():
+            ids = torch.arange(7, 91, 7, device=weight.device)[None] % len(weight)
+            alone = decoder(input_ids=ids[:, 5:], use_cache=False)[0].float()
+            decoder.set_attn_implementation("by_text")
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                packed = decoder(input_ids=ids, **row_arguments([5, 7], weight.device))[0][:, 5:].float()
+                limit = 1e-3 if alone.dtype == weight.dtype else 0.1  # else rounding in bfloat16
+                decoder.packs = bool((packed - alone).norm() <= limit * alone.norm())
+            if not decoder.packs:
+                decoder.set_attn_implementation("sdpa")
+    return decoder.packs
 
 
 class ChunkEncoder(nn.Module):
@@ -2667,14 +2751,17 @@ class ChunkEncoder(nn.Module):
         """Whether averaging states of `stored`-token chunks gives its states of k-token chunks."""
         return self.contextual or k == stored
 
-    def forward(self, ids: Tensor, lengths: list[int], owners: Tensor, count: int) -> Tensor:
+    def forward(self, ids: Tensor, lengths: list[int], owners: Tensor, count: int, packed: bool = False) -> Tensor:
         """One state per chunk: (count, E) float32, the mean of the states of its tokens.
 
-        ids: (S,), the tokens of all rows; lengths: tokens of each row; owners: (S,), the chunk each token is pooled
-        into, range [-1, count), -1 for none. Rows of similar length share a pass.
+        ids: (S,), the tokens of all texts; lengths: tokens of each text; owners: (S,), the chunk each token is pooled
+        into, range [-1, count), -1 for none. packed: read all in one row, else texts of similar length in a pass.
         """
-        rows, device = ids.split(lengths), next(self.parameters()).device
-        states: list[Tensor] = [torch.empty(0)] * len(rows)
+        device = next(self.parameters()).device
+        if packed:
+            [states] = self.backbone(input_ids=ids[None].to(device), **row_arguments(lengths, device)).last_hidden_state
+            return segment_means(states.float(), owners.to(device), count)
+        rows, states = ids.split(lengths), [torch.empty(0)] * len(lengths)
         order = sorted(range(len(rows)), key=lambda i: lengths[i])
         while order:
             size = 1  # as many rows as fit when padded to the longest, which is the last
@@ -2764,14 +2851,15 @@ class Projector(nn.Module):
 
 
 class Batch(NamedTuple):
-    """Training sequences as tensors. C chunks in all, N positions with a label."""
-    encoder_ids: Tensor  # (S,), the rows that the encoder reads, one after the other
-    lengths: list[int]  # tokens of each row
+    """Training sequences as tensors, one after the other. C chunks in all, N positions with a label."""
+    encoder_ids: Tensor  # (S,), the texts that the encoder reads
+    encoder_lengths: list[int]  # tokens of each
     owners: Tensor  # (S,), the chunk each encoder token is pooled into, -1 for none
-    chunk_ids: Tensor  # the decoder's tokens of all chunks, one after the other
+    chunk_ids: Tensor  # the decoder's tokens of all chunks
     sizes: Tensor  # (C,), how many of them each chunk has
-    plan: Tensor  # (B, T), v >= 0 is the token v, v < 0 the vector of chunk -v - 1; 0 where padded
-    asked: Tensor  # (N,), positions b * T + t that have a label
+    plan: Tensor  # (P,), v >= 0 is the token v, v < 0 the vector of chunk -v - 1
+    lengths: list[int]  # positions of each sequence
+    asked: Tensor  # (N,) or more, positions that have a label, some of them again to fill up
     labels: Tensor  # (N,), what should follow them
 
     def to(self, device: torch.device) -> Batch:
@@ -2784,31 +2872,49 @@ class Output(NamedTuple):
     means: Tensor  # (C, D), means of their token embeddings
 
 
-def collate(sequences: Sequence[TrainingSequence]) -> Batch:
-    """Sequences as a batch, each a row padded on the right, which a causal decoder does not see."""
-    rows, chunks, owners, plans = [], [], [], []
-    for sequence in sequences:
-        C = len(chunks)  # chunks are numbered through the batch
-        rows += [ids for ids, _ in sequence.content.rows]
-        owners += [np.where(owner < 0, -1, owner + C) for _, owner in sequence.content.rows]
-        plans.append(torch.from_numpy(np.where(sequence.plan < 0, sequence.plan - C, sequence.plan)))
-        chunks += sequence.content.chunks
-    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
-    labels = pad([torch.from_numpy(s.labels) for s in sequences], padding_value=-1).flatten()
-    asked = (labels >= 0).nonzero().squeeze(1)
-    none = np.zeros(0, dtype=np.int64)  # there may be no chunks
-    ids, owners, chunk_ids = (torch.from_numpy(np.concatenate([none, *part])) for part in (rows, owners, chunks))
-    sizes = torch.tensor([len(chunk) for chunk in chunks], dtype=torch.long)
-    return Batch(ids, [len(row) for row in rows], owners, chunk_ids, sizes, pad(plans), asked, labels[asked])
+def fill_up(values: np.ndarray, lengths: list[int], size: int) -> tuple[np.ndarray, list[int]]:
+    """A row of texts made as long as a multiple of `size` by texts that nobody asks, which are its own values again:
+    were they one token, a GPU would add all their gradients one after the other.
 
-
-def head_reads(decoder: nn.Module, asked: Tensor) -> contextlib.AbstractContextManager:
-    """Within `with head_reads(..)`, the LM head sees only the asked positions. asked: (N,), numbers b * T + t.
-
-    A hook, so that whatever an architecture does to its logits still happens.
+    Example: [5, 6, 7], [2, 1], 4 -> [5, 6, 7, 5], [2, 1, 1]
     """
-    return decoder.get_output_embeddings().register_forward_pre_hook(
-        lambda head, args: (args[0].flatten(0, 1)[asked], *args[1:]))
+    rest, longest = -len(values) % size, max(lengths, default=1)
+    return np.resize(values, len(values) + rest), lengths + [min(longest, rest - n) for n in range(0, rest, longest)]
+
+
+def collate(sequences: Sequence[TrainingSequence], size: int = 1) -> Batch:
+    """Sequences as a batch, chunks numbered through all of them. size: rows are as long as a multiple of it."""
+    texts, chunks, owners, plans = [], [], [], []
+    for sequence in sequences:
+        C = len(chunks)
+        texts += [ids for ids, _ in sequence.content.rows]
+        owners += [np.where(owner < 0, -1, owner + C) for _, owner in sequence.content.rows]
+        plans.append(np.where(sequence.plan < 0, sequence.plan - C, sequence.plan))
+        chunks += sequence.content.chunks
+    none = np.zeros(0, dtype=np.int64)  # there may be no chunks
+    labels, chunk_ids, ids, owners, plan = (np.concatenate([none, *part]) for part in (
+        [sequence.labels for sequence in sequences], chunks, texts, owners, plans))
+    ids, encoder_lengths = fill_up(ids, [len(text) for text in texts], size)
+    owners = np.concatenate([owners, np.full(len(ids) - len(owners), -1)])
+    plan, lengths = fill_up(plan, [len(plan) for plan in plans], size)
+    places = np.flatnonzero(labels >= 0)
+    asked, _ = fill_up(places, [], size)
+    sizes = np.asarray([len(chunk) for chunk in chunks], dtype=np.int64)
+    return Batch(torch.from_numpy(ids), encoder_lengths, *map(torch.from_numpy, (owners, chunk_ids, sizes, plan)),
+                 lengths, torch.from_numpy(asked), torch.from_numpy(labels[places]))
+
+
+def asked_logits(decoder: nn.Module, batch: Batch, **inputs: Tensor) -> Tensor:
+    """(N, V) logits at the asked positions; the LM head runs over no others. inputs: inputs_embeds (P, D) or input_ids
+    (P,), all in one row if the decoder `can_pack`, else text by text."""
+    [(name, row)] = inputs.items()
+    if can_pack(decoder):
+        arguments = row_arguments(batch.lengths, row.device) | {name: row[None], "logits_to_keep": batch.asked}
+        return decoder(**arguments).logits[0, : len(batch.labels)]
+    asked = torch.zeros(len(row), dtype=torch.bool, device=row.device).index_fill(0, batch.asked, True)
+    parts = zip(row.split(batch.lengths), asked.split(batch.lengths), strict=True)
+    return torch.cat([decoder(**{name: text[None]}, use_cache=False, logits_to_keep=mask.nonzero()[:, 0]).logits[0]
+                      for text, mask in parts])
 
 
 def part_tensors(part: nn.Module) -> dict[str, Tensor]:
@@ -2884,29 +2990,29 @@ class RefragModel(PreTrainedModel):
             return torch.zeros(0, self.encoder.width, device=batch.sizes.device)
         trains = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            return self.encoder(batch.encoder_ids, batch.lengths, batch.owners, len(batch.sizes))
+            packed = self.encoder.contextual and can_pack(self.encoder.backbone)
+            return self.encoder(batch.encoder_ids, batch.encoder_lengths, batch.owners, len(batch.sizes), packed)
 
     def embed(self, plan: Tensor, chunk_ids: Tensor, sizes: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The decoder's inputs (.., D) for a plan (..) of token ids and chunks; the chunks' vectors and means, (C, D).
+        """The decoder's inputs (P, D) for a plan (P,) of token ids and chunks; the chunks' vectors and means, (C, D).
 
         chunk_ids: the decoder's tokens of the C chunks, one after the other; sizes: (C,), how many each has; states:
         (C, E), the encoder's. A vector is the mean of its chunk's token embeddings with the projector's correction.
         """
         table = self.decoder.get_input_embeddings()
-        inputs = table(plan.clamp(min=0))
+        inputs = table(plan.abs() % len(table.weight))  # under a vector any token's, not the same one's everywhere
         if not len(sizes):
             return inputs, *(inputs.new_zeros(0, inputs.shape[-1]) for _ in range(2))
-        means = segment_means(table(chunk_ids).float(), torch.repeat_interleave(sizes), len(sizes))
+        owners = torch.repeat_interleave(sizes, output_size=len(chunk_ids))
+        means = segment_means(table(chunk_ids).float(), owners, len(sizes))
         vectors = self.projector(states, means)
-        at = plan < 0
-        return inputs.masked_scatter(at.unsqueeze(-1), vectors[-plan[at] - 1].to(inputs.dtype)), vectors, means
+        fed = vectors.index_select(0, (plan.abs() - 1) % len(vectors))  # under a token any vector, likewise
+        return torch.where(plan.unsqueeze(-1) < 0, fed.to(inputs.dtype), inputs), vectors, means
 
     def forward(self, batch: Batch) -> Output:
         """Read a batch. The LM head runs over the N positions that are asked something, nowhere else."""
         inputs, vectors, means = self.embed(batch.plan, batch.chunk_ids, batch.sizes, self.chunk_states(batch))
-        with head_reads(self.decoder, batch.asked):
-            logits = self.decoder(inputs_embeds=inputs, use_cache=False).logits  # (N, V)
-        return Output(logits, vectors, means)
+        return Output(asked_logits(self.decoder, batch, inputs_embeds=inputs), vectors, means)
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of the trained parts by file name. Under FSDP a collective call: every process must make it."""
@@ -3541,7 +3647,6 @@ LABEL_WEIGHTS = {"recon": 0.15, "next": 0.1, "cloze": 1.0, "qa": 1.0}  # in a mi
 CONTROLS = ("vectors", "none", "wrong", "full")  # what every evaluation compares
 CURRICULUM_STAGES = 9
 LEAST_SHARE = 0.02  # of every text length at any time, so that none is forgotten
-PASS_COST = {"cpu": 64, "cuda": 2048}  # padded positions that take about as long as another pass
 
 
 def curriculum_table(tasks: int) -> np.ndarray:
@@ -4044,7 +4149,6 @@ class Step(NamedTuple):
     passes: list[Pass]
     asked: float  # the weights of all labels, in all processes
     tokens: int  # in all processes
-    padding: float  # share of the positions
 
 
 class Steps:
@@ -4056,11 +4160,12 @@ class Steps:
     """
 
     def __init__(self, kinds: dict[str, Kind], shares: Sequence[dict[str, float]], train: TrainConfig, *,
-                 teaches: bool, window: int | None, processes: int = 1, process: int = 0, pass_cost: int = 0,
-                 seed: int = 0):
+                 teaches: bool, window: int | None, processes: int = 1, process: int = 0, seed: int = 0):
         """shares: of the kinds, at the start and at the end."""
         self.kinds, self.shares, self.train, self.teaches, self.seed = kinds, shares, train, teaches, seed
-        self.window, self.processes, self.process, self.pass_cost = window, processes, process, pass_cost
+        self.window, self.processes, self.process = window, processes, process
+        self.positions = train.batch_size * train.seq_tokens  # of a pass
+        self.size = max(1, self.positions // 8) if train.torch_compile else 1  # few shapes of tensors
         self.clock = torch.zeros(()).share_memory_()  # the run's progress with --seconds, for workers to read
 
     def draw(self, step: int, number: int) -> Item:
@@ -4074,12 +4179,11 @@ class Steps:
                              weight=LABEL_WEIGHTS[name] if len(shares) > 1 else 1.0)
 
     def items(self, step: int) -> list[Item]:
-        """The items of a step, for all processes, the longest first. Raises UserError if nothing is asked."""
+        """The items of a step, for all processes. Raises UserError if nothing is asked."""
         found, least = [], self.train.grad_accum * self.processes
-        positions = least * self.train.batch_size * self.train.seq_tokens
         for number in itertools.count():
-            if len(found) >= least and sum(item.positions for item in found) >= positions:
-                return sorted(found, key=lambda item: -item.positions)
+            if len(found) >= least and sum(item.positions for item in found) >= least * self.positions:
+                return found
             item = self.draw(step, number)
             if item.sequence.asked:  # a text of one chunk has nothing to align, one without names no blank
                 found.append(item)
@@ -4090,20 +4194,18 @@ class Steps:
         """A failure is returned: what a worker raises would reach the user as a traceback."""
         try:
             items = self.items(step)
-            passes = group_by_length(items, self.processes, self.train.batch_size * self.train.seq_tokens,
-                                     self.pass_cost)
+            passes = share_out(items, self.processes, self.positions)
             asked = sum(item.weight * item.sequence.asked for item in items)
-            padded = sum(len(one) * one[0].positions for one in passes)
             return Step([self.laid(one[self.process :: self.processes]) for one in passes], asked,
-                        sum(item.tokens for item in items), 1 - sum(item.positions for item in items) / padded)
+                        sum(item.tokens for item in items))
         except RefragError as error:
             return error
 
     def laid(self, items: list[Item]) -> Pass:
         weights = np.repeat([item.weight for item in items], [item.sequence.asked for item in items])
-        teacher = checked_batch([item.teacher for item in items], self.window) if self.teaches else None
-        return Pass(checked_batch([item.sequence for item in items], self.window), teacher,
-                    torch.from_numpy(weights).float(), [item.where for item in items])
+        batch, teacher = (checked_batch(side, self.window, self.size) if side else None for side in (
+            [item.sequence for item in items], [item.teacher for item in items if item.teacher]))
+        return Pass(batch, teacher, torch.from_numpy(weights).float(), [item.where for item in items])
 
     def run(self, step: int, device: torch.device) -> Iterator[Step]:
         """The steps from `step` on. A thread prepares the next one, or waits for the workers that do."""
@@ -4132,23 +4234,18 @@ def begin_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def group_by_length(items: list[Item], processes: int, positions: int, pass_cost: int) -> list[list[Item]]:
-    """Items, the longest first, in passes of similar length; process i takes [i::processes] of each.
+def share_out(items: list[Item], processes: int, positions: int) -> list[list[Item]]:
+    """Items in passes of about as many positions each, `positions` or more a process, which takes [i::processes].
 
-    A pass ends when its items, padded to the longest, fill `positions`, or its padding exceeds pass_cost, so that
-    another pass is faster; both are positions per process.
+    The longest come first, each to the pass that has the fewest positions. Every process has a part in every pass.
     """
-    passes, at, last = [], 0, len(items) // processes * processes
-    while at < last:
-        longest, padding, end = items[at].positions, 0.0, at
-        while end < last and (end - at) // processes * longest < positions:
-            padding += sum(longest - item.positions for item in items[end : end + processes]) / processes
-            if padding > pass_cost and end > at:
-                break
-            end += processes
-        passes.append(items[at:end])
-        at = end
-    passes[-1] += items[last:]  # so that every process has a part in each pass
+    count = min(sum(item.positions for item in items) // (positions * processes), len(items) // processes)
+    passes: list[list[Item]] = [[] for _ in range(max(count, 1))]
+    filled = [0] * len(passes)
+    for group in batched(sorted(items, key=lambda item: -item.positions), processes):
+        least = filled.index(min(filled))
+        passes[least] += group
+        filled[least] += sum(item.positions for item in group)
     return passes
 
 
@@ -4224,21 +4321,20 @@ def loss_terms(output: Output, labels: Tensor, teacher: Tensor | None, weights: 
     return terms
 
 
-def checked_batch(sequences: Sequence[TrainingSequence], window: int | None) -> Batch:
-    """Sequences as a batch. Raises UserError for one longer than the decoder's window."""
+def checked_batch(sequences: Sequence[TrainingSequence], window: int | None, size: int = 1) -> Batch:
+    """Sequences as a batch, see `collate`. Raises UserError for one longer than the decoder's window."""
     longest = max(len(sequence.plan) for sequence in sequences)
     require(window is None or longest <= window, f"a sequence has {longest} positions, the decoder's window is "
             f"{window}: lower --seq_tokens (in eval --context_tokens or --next_tokens)")
-    return collate(sequences)
+    return collate(sequences, size)
 
 
 @torch.no_grad()
 def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], batch_size: int,
                       accelerator: Any) -> dict[str, float]:
     """Mean loss (nats) and accuracy over all asked positions, teacher forced."""
-    ordered = sorted(sequences, key=lambda sequence: len(sequence.plan))  # little padding
     loss = right = total = 0.0
-    for part in progress(batched(ordered, batch_size), "measuring", unit="pass"):
+    for part in progress(batched(sequences, batch_size), "measuring", unit="pass"):
         batch = checked_batch(part, model.window).to(model.device)
         with accelerator.autocast():
             logits = model(batch).logits.float()
@@ -4283,6 +4379,7 @@ class Trainer:
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.training = True  # it asks for that; not its parts, whose dropout stays off as everywhere here
             if train.torch_compile:
+                can_pack(part)  # is tried before
                 part.compile(dynamic=True)
         self.wrapped, self.optimizer = accelerator.prepare(model, self.optimizer)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
@@ -4297,8 +4394,8 @@ class Trainer:
     def teach(self, batch: Batch) -> Tensor:
         """(N, V) the teacher's logits at the asked positions."""
         decoder, batch = self.teacher or self.model.decoder, batch.to(self.accelerator.device)
-        with torch.no_grad(), self.accelerator.autocast(), head_reads(decoder, batch.asked):
-            return decoder(input_ids=batch.plan, use_cache=False).logits
+        with torch.no_grad(), self.accelerator.autocast():
+            return asked_logits(decoder, batch, input_ids=batch.plan)
 
     def run_pass(self, one: Pass, asked: float) -> dict[str, float]:
         """Forward and backward. asked: of the whole step, in all processes. Returns loss terms."""
@@ -4334,7 +4431,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += step.tokens
-        return {**terms, "grad_norm": float(norm), "lr": self.train.lr * factor, "padding": round(step.padding, 4)}
+        return {**terms, "grad_norm": float(norm), "lr": self.train.lr * factor}
 
     def fit(self) -> dict[str, Any]:
         log = RunLog(self.folder, self.accelerator.is_main_process, self.step)
@@ -4634,8 +4731,7 @@ def train_phase(name: str, *configs: Options) -> None:
         teacher = load_model(models, runtime).decoder.requires_grad_(False) if apart else None
         mark_trained(model, train.train, train.lora_r)
         steps = Steps(kinds, shares, train, teaches=bool(weights["kl"]), window=model.window,
-                      processes=accelerator.num_processes, process=accelerator.process_index,
-                      pass_cost=PASS_COST.get(accelerator.device.type, PASS_COST["cuda"]), seed=runtime.seed)
+                      processes=accelerator.num_processes, process=accelerator.process_index, seed=runtime.seed)
         trained = train.train + (f" (LoRA {train.lora_r})" if train.lora_r else "")
         entry = {"phase": name, "train": trained, "device": facts["device"], "data": without_folders(facts["data"])}
         trainer = Trainer(model, steps, weights, accelerator, teacher, entry)

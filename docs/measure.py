@@ -6,7 +6,6 @@
     python docs/measure.py start_up --index_dir runs/wiki [--against OTHER/refrag.py]
     python docs/measure.py anchors --texts data/cpt_train.jsonl
     python docs/measure.py embed --texts data/wiki_passages.jsonl --limit 256
-    python docs/measure.py training --texts data/cpt_train.jsonl --contexts 512 --k 4
     python docs/measure.py kernels --index_dir runs/wiki --qa data/wiki_questions.jsonl --limit 60 --dtype bfloat16
     python docs/measure.py allocator --texts data/cpt_train.jsonl --contexts 512 --k 4
     python docs/measure.py paired --run OUT/answers_ceiling --against OUT/answers_squad_more
@@ -320,35 +319,10 @@ def trainer_of(args: argparse.Namespace, lessons: str, letters: str, folder: Pat
     options = refrag.ReconConfig(), refrag.NextConfig(), refrag.AnswersConfig(), refrag.SearchConfig()
     given = {type(c): c for c in (*options, train, refrag.TextConfig(train_json=(args.texts,)))}
     steps = refrag.Steps(refrag.text_kinds([lessons], given, model.encoder), shares, train, teaches=False,
-                         window=model.window, pass_cost=refrag.PASS_COST["cpu"], seed=RUNTIME.seed)
+                         window=model.window, seed=RUNTIME.seed)
     refrag.mark_trained(model, letters, 0)
     facts = {"phase": f"cpt_{lessons}", "data": []}
     return refrag.Trainer(model, steps, phase.weights, refrag.make_accelerator(RUNTIME), None, facts)
-
-
-def by_hand(trainer: refrag.Trainer, batches: list[refrag.Batch]) -> None:
-    """The same forward and backward passes without the loop: encoder, projector, decoder, cross entropy."""
-    model = trainer.model
-    for batch in batches:
-        with trainer.accelerator.autocast():
-            output = model(batch)
-        torch.nn.functional.cross_entropy(output.logits.float(), batch.labels).backward()
-    model.zero_grad(set_to_none=True)
-
-
-def measure_training(args: argparse.Namespace) -> dict:
-    """Seconds of whole training steps and of their bare forward and backward passes, taking turns; peak memory."""
-    rows = []
-    for lessons, letters in (("recon", "pe"), ("next", "ped")):
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = trainer_of(args, lessons, letters, Path(folder))
-            steps = itertools.islice(trainer.steps.run(0, torch.device("cpu")), args.repeats + 1)
-            times = [time_step(trainer, step) for step in steps]
-        whole, bare = zip(*times[1:], strict=True)  # the first warms up
-        rows.append({"phase": lessons, "step_s": statistics.median(whole), "bare_s": statistics.median(bare),
-                     "step/bare": statistics.median(w / b for w, b in times[1:]),
-                     "peak_rss_mb": refrag.peak_rss_mb()})
-    return {"rows": rows}
 
 
 def measure_allocator(args: argparse.Namespace) -> dict:
@@ -372,15 +346,6 @@ def measure_allocator(args: argparse.Namespace) -> dict:
             peaks[name] = max(peaks[name], refrag.peak_rss_mb())
     rows = [{"allocator": name, "step_s": statistics.median(times[name]), "peak_rss_mb": peaks[name]} for name in times]
     return {"rows": rows, "default/kept": statistics.median(map(operator.truediv, *times.values()))}
-
-
-def time_step(trainer: refrag.Trainer, step: refrag.Step) -> tuple[float, float]:
-    """Seconds of a training step and of its bare passes."""
-    start = time.perf_counter()
-    by_hand(trainer, [one.batch for one in step.passes])
-    bare = time.perf_counter()
-    trainer.run_step(step)
-    return time.perf_counter() - bare, bare - start
 
 
 # -- answers of two runs -----------------------------------------------------------

@@ -678,7 +678,7 @@ class ReconTask(TextTask):
         with self.accelerator.autocast():
             batch = refrag.checked_batch([before], self.model.window).to(device)
             inputs, _, _ = self.model.embed(batch.plan, batch.chunk_ids, batch.sizes, self.model.chunk_states(batch))
-            logits, state = refrag.prefill(decoder, [inputs[0]])
+            logits, state = refrag.prefill(decoder, [inputs])
             [out], _ = refrag.decode(decoder, logits, state, max_new=asked, watch=refrag.Stopwatch(device),
                               stops=refrag.stop_tokens(decoder, self.model.encoder.tokenizer.decoder),
                               pick=lambda logits: logits.argmax(-1))

@@ -317,6 +317,38 @@ def test_people_get_a_table(run, argv):
     assert any(line.startswith("- --contexts 100000 left out") for line in lines)
 
 
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def test_a_layers_products_are_counted(monkeypatch):
+    """y = x W forward, dW = x' dy and dx = dy W' backward, the first of them twice."""
+    x, w = torch.ones(5, 3, requires_grad=True), torch.ones(3, 7, requires_grad=True)
+    with bench.Products() as products:
+        (x @ w).sum().backward()
+        torch.mm(x.detach(), w.detach()) + 1
+    shapes = {tuple(shape for shape, *_ in factors): count for factors, count in products.seen.items()}
+    assert shapes == {((5, 3), (3, 7)): 2, ((3, 5), (5, 7)): 1, ((5, 7), (7, 3)): 1}
+    seconds = iter([9, 2, 5, 1, 9, 2, 9, 4])  # the least of two for each, the first counts twice
+    monkeypatch.setattr(bench, "timed", lambda device, work: work() is None or next(seconds))
+    assert products.seconds(torch.device("cpu"), 1) == 2 * 2 + 1 + 2
+
+
+@pytest.mark.parametrize("options", [[], ["--lora_r", 2, "--dtype", "bfloat16"]], ids=["full", "lora"])
+def test_a_step_of_training_is_timed(done, llama, tmp_path, options):
+    """A start, the vectors, the mark and the text but for its last token, of each text."""
+    out = tmp_path / "out"
+    result = done("bench", "--task", "train", "--dec", llama, "--enc", "decoder:2", "--contexts", 24, "--k", "4,8",
+                  "--batch_size", 2, "--repeats", 1, "--out_dir", out, *options)
+    mark = len(refrag.load_tokenizer(str(llama))(refrag.RECONSTRUCT)["input_ids"])
+    assert [(row["k"], row["positions"]) for row in result["rows"]] == [
+        (k, 2 * (1 + 24 // k + mark + 24 - 1)) for k in (4, 8)]
+    for row in result["rows"]:
+        assert 0 < row["products_s"] < row["step_s"]
+        assert row["products_share"] == pytest.approx(row["products_s"] / row["step_s"], abs=1e-3)
+        assert row["positions_per_s"] == pytest.approx(row["positions"] / row["step_s"], rel=1e-3)
+    assert json.loads((out / "bench.json").read_text())["rows"] == result["rows"]
+
+
 # ---- Helpers of section 4 -------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system keeps the peak of memory")
