@@ -20,6 +20,7 @@ from writers import ROOT, STARTS, files, finished, forks, line, mount  # noqa: F
 sys.path.insert(0, str(ROOT))
 
 import refrag
+from refrag_extras import cpu_engine
 from refrag_extras import index as writing
 
 torch.set_num_threads(1)
@@ -196,6 +197,30 @@ def embedder(tmp_path_factory, bert) -> Path:
 @pytest.fixture(scope="session")
 def other_embedder(tmp_path_factory, bert) -> Path:
     return save_embedder(tmp_path_factory.mktemp("other-embedder") / "model", bert, seed=2)
+
+
+SHARED: dict[object, object] = {}  # see `shared`
+
+
+@pytest.fixture
+def shared(monkeypatch) -> None:
+    """Commands that only read the bundled models load them once for all tests."""
+
+    def once(owner: object, name: str, key: object) -> None:
+        load = getattr(owner, name)
+
+        def call(*given: object) -> object:
+            place = key(*given)
+            if place and place not in SHARED:
+                SHARED[place] = load(*given)
+            return SHARED[place] if place else load(*given)
+
+        monkeypatch.setattr(owner, name, call)
+
+    once(refrag, "load_embedder", lambda name, runtime: (name, runtime.device, runtime.dtype))
+    once(refrag, "load_model", lambda models, runtime, *train: isinstance(models, refrag.ReaderConfig) and (
+        models, runtime.device, runtime.dtype))  # the phases have a ModelConfig
+    once(cpu_engine, "make_stepper", lambda decoder, engine: (decoder, engine))
 
 
 @pytest.fixture

@@ -470,7 +470,7 @@ def test_an_index_that_does_not_serve(done, refused, command, corpus, llama, emb
 
 
 @pytest.mark.models
-def test_the_shipped_gate_finds_the_answers_of_unseen_articles(done, tmp_path):
+def test_the_shipped_gate_finds_the_answers_of_unseen_articles(done, shared, tmp_path):
     """The sample's articles are of SQuAD's development set, which the gate has not seen. By measurement .91 / .98 / .99
     of the answers stay text whole at p = .05 / .1 / .25; by the blend, which needs no training, .82 / .92 / .97."""
     data, index = refrag.SHIPPED_GATE.parent, tmp_path / "index"

@@ -515,7 +515,7 @@ SHORT = [  # passages as a newcomer writes them, with a question each
 
 @pytest.mark.models
 @pytest.mark.parametrize(("first", "last"), [(0, 1), (1, 5), (0, 8)])
-def test_short_corpora_are_read_by_default(tmp_path, pipeline, first, last):
+def test_short_corpora_are_read_by_default(tmp_path, shared, pipeline, first, last):
     """One to eight passages of a line, the default settings: every answer is right and cites its passage."""
     facts = SHORT[first:last]
     (tmp_path / "notes.txt").write_text("".join(f"{text}\n" for text, _, _ in facts), encoding="utf-8")
