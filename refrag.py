@@ -2602,12 +2602,8 @@ def segment_means(states: Tensor, owners: Tensor, count: int) -> Tensor:
     return (sums / sizes.clamp_min(1).unsqueeze(1))[:count]
 
 
-VARLEN = torch.__version__ >= (2, 12)  # the first one whose kernel takes grouped heads
-if VARLEN:
-    from torch.nn.attention.varlen import varlen_attn
-
-
 QUERY_BLOCK = 128
+VARLEN = torch.__version__ >= (2, 12)  # the first one whose kernel takes grouped heads
 
 
 @torch.compiler.disable  # it would be compiled for every length
@@ -2619,10 +2615,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
     for start in range(0, T, QUERY_BLOCK):
         part, end = query[:, :, start : start + QUERY_BLOCK], min(start + QUERY_BLOCK, T)
         hidden = part.new_full((end - start, end), -math.inf)
-        hidden = hidden.triu(start + 1) + hidden.tril(start - (window or T))
-        scores = torch.baddbmm(hidden.repeat(query.shape[1], 1), part.flatten(1, 2), key[:, :end].mT,
-                               alpha=scaling or D**-0.5)  # (KV, G * block, end)
-        blocks.append(torch.bmm(scores.softmax(-1), value[:, :end]).view_as(part))
+        hidden = (hidden.triu(start + 1) + hidden.tril(start - (window or T))).repeat(query.shape[1], 1)
+        scores = torch.baddbmm(hidden, part.flatten(1, 2), key[:, :end].mT, alpha=scaling or D**-0.5)
+        blocks.append(torch.bmm(scores.softmax(-1), value[:, :end]).view_as(part))  # scores: (KV, G * block, end)
     return torch.cat(blocks, dim=2).flatten(0, 1)
 
 
@@ -2637,6 +2632,8 @@ def attend_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         return ATTENTION["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **more)
     query, key, window = query.to(value.dtype), key.to(value.dtype), more.get("sliding_window")
     if value.is_cuda and value.dtype != torch.float32 and VARLEN:
+        from torch.nn.attention.varlen import varlen_attn
+
         parts, longest = (part[0].transpose(0, 1) for part in (query, key, value)), more["max_length_q"]
         return varlen_attn(*parts, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, enable_gqa=True,
                            window_size=(window - 1 if window else -1, 0))[None], None
@@ -2852,16 +2849,15 @@ def collate(sequences: Sequence[TrainingSequence]) -> Batch:
                  labels[asked])
 
 
-def asked_logits(decoder: nn.Module, batch: Batch, **inputs: Tensor) -> Tensor:
-    """(N, V) logits at the asked positions; the LM head runs over no others. inputs: inputs_embeds (P, D) or input_ids
-    (P,), all in one row if the decoder `can_pack`, else text by text."""
-    [(name, row)] = inputs.items()
+def asked_logits(decoder: nn.Module, inputs: Tensor, batch: Batch) -> Tensor:
+    """(N, V) logits at the asked positions; the LM head runs over no others. inputs: (P, D), read in one row if the
+    decoder `can_pack`, else text by text."""
     if can_pack(decoder):
-        arguments = row_arguments(batch.lengths, row.device) | {name: row[None], "logits_to_keep": batch.asked}
-        return decoder(**arguments).logits[0]
-    asked = torch.zeros(len(row), dtype=torch.bool, device=row.device).index_fill(0, batch.asked, True)
-    parts = zip(row.split(batch.lengths), asked.split(batch.lengths), strict=True)
-    return torch.cat([decoder(**{name: text[None]}, use_cache=False, logits_to_keep=mask.nonzero()[:, 0]).logits[0]
+        row = row_arguments(batch.lengths, inputs.device)
+        return decoder(inputs_embeds=inputs[None], logits_to_keep=batch.asked, **row).logits[0]
+    asked = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device).index_fill(0, batch.asked, True)
+    parts = zip(inputs.split(batch.lengths), asked.split(batch.lengths), strict=True)
+    return torch.cat([decoder(inputs_embeds=text[None], logits_to_keep=mask.nonzero()[:, 0], use_cache=False).logits[0]
                       for text, mask in parts])
 
 
@@ -2960,7 +2956,7 @@ class RefragModel(PreTrainedModel):
     def forward(self, batch: Batch) -> Output:
         """Read a batch. The LM head runs over the N positions that are asked something, nowhere else."""
         inputs, vectors, means = self.embed(batch.plan, batch.chunk_ids, batch.sizes, self.chunk_states(batch))
-        return Output(asked_logits(self.decoder, batch, inputs_embeds=inputs), vectors, means)
+        return Output(asked_logits(self.decoder, inputs, batch), vectors, means)
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of the trained parts by file name. Under FSDP a collective call: every process must make it."""
@@ -4248,7 +4244,7 @@ class Trainer:
         batch = checked_batch(self.model, [item.teacher for item in items])
         decoder = self.teacher or self.model.decoder
         with torch.no_grad(), self.accelerator.autocast():
-            return asked_logits(decoder, batch, input_ids=batch.plan)
+            return asked_logits(decoder, decoder.get_input_embeddings()(batch.plan), batch)
 
     def run_pass(self, items: list[Item], asked: int) -> dict[str, float]:
         """Forward and backward. asked: labels of the whole step, in all processes. Returns loss terms."""
