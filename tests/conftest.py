@@ -1,5 +1,6 @@
 """Tiny random models and tokenizers, made here, so that the tests need no network and no installed model."""
 
+import functools
 import json
 import os
 import re
@@ -204,23 +205,16 @@ SHARED: dict[object, object] = {}  # see `shared`
 
 @pytest.fixture
 def shared(monkeypatch) -> None:
-    """Commands that only read the bundled models load them once for all tests."""
+    """Commands that only read the bundled models load them once for all tests. The phases have a ModelConfig."""
 
-    def once(owner: object, name: str, key: object) -> None:
-        load = getattr(owner, name)
+    def once(load, what, how, *more):
+        place = (what, getattr(how, "device", how), getattr(how, "dtype", None))
+        if type(what) is refrag.ModelConfig:
+            return load(what, how, *more)
+        return SHARED[place] if place in SHARED else SHARED.setdefault(place, load(what, how, *more))
 
-        def call(*given: object) -> object:
-            place = key(*given)
-            if place and place not in SHARED:
-                SHARED[place] = load(*given)
-            return SHARED[place] if place else load(*given)
-
-        monkeypatch.setattr(owner, name, call)
-
-    once(refrag, "load_embedder", lambda name, runtime: (name, runtime.device, runtime.dtype))
-    once(refrag, "load_model", lambda models, runtime, *train: isinstance(models, refrag.ReaderConfig) and (
-        models, runtime.device, runtime.dtype))  # the phases have a ModelConfig
-    once(cpu_engine, "make_stepper", lambda decoder, engine: (decoder, engine))
+    for owner, name in ((refrag, "load_embedder"), (refrag, "load_model"), (cpu_engine, "make_stepper")):
+        monkeypatch.setattr(owner, name, functools.partial(once, getattr(owner, name)))
 
 
 @pytest.fixture
