@@ -2625,30 +2625,24 @@ def takes(decoder_class: type, name: str) -> bool:
     return name in inspect.signature(decoder_class.forward).parameters
 
 
-NOBODIES = 256  # a GPU would add thousands of states to one row one after the other
-
-
 def segment_means(states: Tensor, owners: Tensor, count: int) -> Tensor:
     """Mean of the states of each owner, zeros for an owner without any.
 
     states: (T, E); owners: (T,), range [-1, count), -1 for none. Returns (count, E).
     Example: states [[1], [3], [7]], owners [0, 0, -1], count 1 -> [[2]]
     """
-    nobody = count + torch.arange(len(owners), device=owners.device) % NOBODIES  # rows that are dropped
-    owners = torch.where(owners < 0, nobody, owners)
-    sums = states.new_zeros(count + NOBODIES, states.shape[1]).index_add(0, owners, states)[:count]
-    sizes = states.new_zeros(count + NOBODIES).index_add(0, owners, states.new_ones(len(owners)))[:count]
-    return sums / sizes.clamp_min(1).unsqueeze(1)
-
-
-VARLEN = torch.__version__ >= (2, 12)  # the first one whose kernel takes grouped heads
-if VARLEN:
-    from torch.nn.attention.varlen import varlen_attn
+    # -1 becomes one of `count` extra owners, which are dropped: a GPU adds what one owner has one after the other
+    owners = torch.where(owners < 0, count + torch.arange(len(owners), device=owners.device) % count, owners)
+    sums = states.new_zeros(2 * count, states.shape[1]).index_add(0, owners, states)
+    sizes = states.new_zeros(2 * count).index_add(0, owners, states.new_ones(len(owners)))
+    return (sums / sizes.clamp_min(1).unsqueeze(1))[:count]
 
 
 QUERY_BLOCK = 128
+VARLEN = torch.__version__ >= (2, 12)  # the first one whose kernel takes grouped heads
 
 
+@torch.compiler.disable  # it would be compiled for every length
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
     """Attention of one text, (H, T, D), by products of matrices: on CPUs faster than torch's kernel, in bfloat16 two to
     three times. In blocks of queries, for which what lies ahead is not computed. key, value: (KV, T, D)."""
@@ -2657,10 +2651,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
     for start in range(0, T, QUERY_BLOCK):
         part, end = query[:, :, start : start + QUERY_BLOCK], min(start + QUERY_BLOCK, T)
         hidden = part.new_full((end - start, end), -math.inf)
-        hidden = hidden.triu(start + 1) + hidden.tril(start - (window or T))
-        scores = torch.baddbmm(hidden.repeat(query.shape[1], 1), part.flatten(1, 2), key[:, :end].mT,
-                               alpha=scaling or D**-0.5)  # (KV, G * block, end)
-        blocks.append(torch.bmm(scores.softmax(-1), value[:, :end]).view_as(part))
+        hidden = (hidden.triu(start + 1) + hidden.tril(start - (window or T))).repeat(query.shape[1], 1)
+        scores = torch.baddbmm(hidden, part.flatten(1, 2), key[:, :end].mT, alpha=scaling or D**-0.5)
+        blocks.append(torch.bmm(scores.softmax(-1), value[:, :end]).view_as(part))  # scores: (KV, G * block, end)
     return torch.cat(blocks, dim=2).flatten(0, 1)
 
 
@@ -2675,6 +2668,8 @@ def attend_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         return ATTENTION["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **more)
     query, key, window = query.to(value.dtype), key.to(value.dtype), more.get("sliding_window")
     if value.is_cuda and value.dtype != torch.float32 and VARLEN:
+        from torch.nn.attention.varlen import varlen_attn
+
         parts, longest = (part[0].transpose(0, 1) for part in (query, key, value)), more["max_length_q"]
         return varlen_attn(*parts, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, enable_gqa=True,
                            window_size=(window - 1 if window else -1, 0))[None], None
@@ -2859,7 +2854,7 @@ class Batch(NamedTuple):
     sizes: Tensor  # (C,), how many of them each chunk has
     plan: Tensor  # (P,), v >= 0 is the token v, v < 0 the vector of chunk -v - 1
     lengths: list[int]  # positions of each sequence
-    asked: Tensor  # (N,) or more, positions that have a label, some of them again to fill up
+    asked: Tensor  # (N,), positions that have a label
     labels: Tensor  # (N,), what should follow them
 
     def to(self, device: torch.device) -> Batch:
@@ -2872,18 +2867,8 @@ class Output(NamedTuple):
     means: Tensor  # (C, D), means of their token embeddings
 
 
-def fill_up(values: np.ndarray, lengths: list[int], size: int) -> tuple[np.ndarray, list[int]]:
-    """A row of texts made as long as a multiple of `size` by texts that nobody asks, which are its own values again:
-    were they one token, a GPU would add all their gradients one after the other.
-
-    Example: [5, 6, 7], [2, 1], 4 -> [5, 6, 7, 5], [2, 1, 1]
-    """
-    rest, longest = -len(values) % size, max(lengths, default=1)
-    return np.resize(values, len(values) + rest), lengths + [min(longest, rest - n) for n in range(0, rest, longest)]
-
-
-def collate(sequences: Sequence[TrainingSequence], size: int = 1) -> Batch:
-    """Sequences as a batch, chunks numbered through all of them. size: rows are as long as a multiple of it."""
+def collate(sequences: Sequence[TrainingSequence]) -> Batch:
+    """Sequences as a batch, chunks numbered through all of them."""
     texts, chunks, owners, plans = [], [], [], []
     for sequence in sequences:
         C = len(chunks)
@@ -2891,29 +2876,24 @@ def collate(sequences: Sequence[TrainingSequence], size: int = 1) -> Batch:
         owners += [np.where(owner < 0, -1, owner + C) for _, owner in sequence.content.rows]
         plans.append(np.where(sequence.plan < 0, sequence.plan - C, sequence.plan))
         chunks += sequence.content.chunks
-    none = np.zeros(0, dtype=np.int64)  # there may be no chunks
-    labels, chunk_ids, ids, owners, plan = (np.concatenate([none, *part]) for part in (
-        [sequence.labels for sequence in sequences], chunks, texts, owners, plans))
-    ids, encoder_lengths = fill_up(ids, [len(text) for text in texts], size)
-    owners = np.concatenate([owners, np.full(len(ids) - len(owners), -1)])
-    plan, lengths = fill_up(plan, [len(plan) for plan in plans], size)
-    places = np.flatnonzero(labels >= 0)
-    asked, _ = fill_up(places, [], size)
-    sizes = np.asarray([len(chunk) for chunk in chunks], dtype=np.int64)
-    return Batch(torch.from_numpy(ids), encoder_lengths, *map(torch.from_numpy, (owners, chunk_ids, sizes, plan)),
-                 lengths, torch.from_numpy(asked), torch.from_numpy(labels[places]))
+    labels, none = [sequence.labels for sequence in sequences], np.zeros(0, dtype=np.int64)  # there may be no chunks
+    ids, owners, chunk_ids, plan, labels = (torch.from_numpy(np.concatenate([none, *part])) for part in (
+        texts, owners, chunks, plans, labels))
+    encoder_lengths, sizes, lengths = ([len(one) for one in part] for part in (texts, chunks, plans))
+    asked = (labels >= 0).nonzero()[:, 0]
+    return Batch(ids, encoder_lengths, owners, chunk_ids, torch.tensor(sizes, dtype=torch.long), plan, lengths, asked,
+                 labels[asked])
 
 
-def asked_logits(decoder: nn.Module, batch: Batch, **inputs: Tensor) -> Tensor:
-    """(N, V) logits at the asked positions; the LM head runs over no others. inputs: inputs_embeds (P, D) or input_ids
-    (P,), all in one row if the decoder `can_pack`, else text by text."""
-    [(name, row)] = inputs.items()
+def asked_logits(decoder: nn.Module, inputs: Tensor, batch: Batch) -> Tensor:
+    """(N, V) logits at the asked positions; the LM head runs over no others. inputs: (P, D), read in one row if the
+    decoder `can_pack`, else text by text."""
     if can_pack(decoder):
-        arguments = row_arguments(batch.lengths, row.device) | {name: row[None], "logits_to_keep": batch.asked}
-        return decoder(**arguments).logits[0, : len(batch.labels)]
-    asked = torch.zeros(len(row), dtype=torch.bool, device=row.device).index_fill(0, batch.asked, True)
-    parts = zip(row.split(batch.lengths), asked.split(batch.lengths), strict=True)
-    return torch.cat([decoder(**{name: text[None]}, use_cache=False, logits_to_keep=mask.nonzero()[:, 0]).logits[0]
+        row = row_arguments(batch.lengths, inputs.device)
+        return decoder(inputs_embeds=inputs[None], logits_to_keep=batch.asked, **row).logits[0]
+    asked = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device).index_fill(0, batch.asked, True)
+    parts = zip(inputs.split(batch.lengths), asked.split(batch.lengths), strict=True)
+    return torch.cat([decoder(inputs_embeds=text[None], logits_to_keep=mask.nonzero()[:, 0], use_cache=False).logits[0]
                       for text, mask in parts])
 
 
@@ -3012,7 +2992,7 @@ class RefragModel(PreTrainedModel):
     def forward(self, batch: Batch) -> Output:
         """Read a batch. The LM head runs over the N positions that are asked something, nowhere else."""
         inputs, vectors, means = self.embed(batch.plan, batch.chunk_ids, batch.sizes, self.chunk_states(batch))
-        return Output(asked_logits(self.decoder, batch, inputs_embeds=inputs), vectors, means)
+        return Output(asked_logits(self.decoder, inputs, batch), vectors, means)
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of the trained parts by file name. Under FSDP a collective call: every process must make it."""
@@ -4165,7 +4145,6 @@ class Steps:
         self.kinds, self.shares, self.train, self.teaches, self.seed = kinds, shares, train, teaches, seed
         self.window, self.processes, self.process = window, processes, process
         self.positions = train.batch_size * train.seq_tokens  # of a pass
-        self.size = max(1, self.positions // 8) if train.torch_compile else 1  # few shapes of tensors
         self.clock = torch.zeros(()).share_memory_()  # the run's progress with --seconds, for workers to read
 
     def draw(self, step: int, number: int) -> Item:
@@ -4203,7 +4182,7 @@ class Steps:
 
     def laid(self, items: list[Item]) -> Pass:
         weights = np.repeat([item.weight for item in items], [item.sequence.asked for item in items])
-        batch, teacher = (checked_batch(side, self.window, self.size) if side else None for side in (
+        batch, teacher = (checked_batch(side, self.window) if side else None for side in (
             [item.sequence for item in items], [item.teacher for item in items if item.teacher]))
         return Pass(batch, teacher, torch.from_numpy(weights).float(), [item.where for item in items])
 
@@ -4321,12 +4300,12 @@ def loss_terms(output: Output, labels: Tensor, teacher: Tensor | None, weights: 
     return terms
 
 
-def checked_batch(sequences: Sequence[TrainingSequence], window: int | None, size: int = 1) -> Batch:
-    """Sequences as a batch, see `collate`. Raises UserError for one longer than the decoder's window."""
+def checked_batch(sequences: Sequence[TrainingSequence], window: int | None) -> Batch:
+    """Sequences as a batch. Raises UserError for one longer than the decoder's window."""
     longest = max(len(sequence.plan) for sequence in sequences)
     require(window is None or longest <= window, f"a sequence has {longest} positions, the decoder's window is "
             f"{window}: lower --seq_tokens (in eval --context_tokens or --next_tokens)")
-    return collate(sequences, size)
+    return collate(sequences)
 
 
 @torch.no_grad()
@@ -4380,7 +4359,7 @@ class Trainer:
                     layer.training = True  # it asks for that; not its parts, whose dropout stays off as everywhere here
             if train.torch_compile:
                 can_pack(part)  # is tried before
-                part.compile(dynamic=True)
+                part.compile(dynamic=True)  # once, whatever the lengths
         self.wrapped, self.optimizer = accelerator.prepare(model, self.optimizer)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.exam = {name if len(steps.kinds) == 1 else f"{kind} {name}": items
@@ -4395,7 +4374,7 @@ class Trainer:
         """(N, V) the teacher's logits at the asked positions."""
         decoder, batch = self.teacher or self.model.decoder, batch.to(self.accelerator.device)
         with torch.no_grad(), self.accelerator.autocast():
-            return asked_logits(decoder, batch, input_ids=batch.plan)
+            return asked_logits(decoder, decoder.get_input_embeddings()(batch.plan), batch)
 
     def run_pass(self, one: Pass, asked: float) -> dict[str, float]:
         """Forward and backward. asked: of the whole step, in all processes. Returns loss terms."""

@@ -37,8 +37,6 @@ def several(f: dataclasses.Field) -> bool:
     return isinstance(f.default, tuple)
 
 
-# ---- Options --------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("name", refrag.COMMANDS)
 def test_a_command_defines_every_option_once_and_has_the_common_ones(name):
     assert refrag.config_fields(refrag.COMMANDS[name].configs).keys() >= {
@@ -63,8 +61,6 @@ def test_like_repeats_help_checks_and_default_unless_another_is_given():
     assert (k.default, k.metadata) == (theirs["gate"].default, theirs["gate"].metadata)
     assert floor.default == 0 != theirs["floor"].default and floor.metadata == theirs["floor"].metadata
 
-
-# ---- Checks, by what each option says of itself ---------------------------------------------------------------------
 
 def refused(cls: type, **values: object) -> str:
     """The message with which values are refused, one line that names the flag of the first."""
@@ -122,8 +118,6 @@ def test_what_is_needed_is_given(cls, f):
     hint = f" is missing: {f.metadata['help']}" if f.metadata["needed"] else " is empty: give it one value or more"
     assert refused(cls, **{f.name: () if several(f) else None}) == f"--{f.name}{hint}"
 
-
-# ---- Checks across options ------------------------------------------------------------------------------------------
 
 PPL = {"task": "ppl", "texts": (__file__,)}
 BAD = [  # class, values that break a check, what the message tells
@@ -184,8 +178,6 @@ def test_every_check_has_a_row_above(cls):
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "require"]
     assert len({told for c, _, told in BAD if c is cls}) >= len(calls)
 
-
-# ---- Exit codes -----------------------------------------------------------------------------------------------------
 
 CODES = {refrag.RefragError: 1, refrag.UserError: 2, refrag.MissingError: 3, refrag.CorruptError: 4,
          refrag.MismatchError: 5, refrag.ExhaustedError: 6, refrag.LockedError: 75}

@@ -100,8 +100,6 @@ def test_answer_chunks_golden(contents, ends, right, answers, expected):
     assert refrag.answer_chunks(docs, right, answers) == expected
 
 
-# -- features -------------------------------------------------------------------------------------
-
 NAMES = [name for names in refrag.FEATURES.values() for name in names]
 VECTORS = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 CHUNKS = ["Ulm lies on a river.", "The river flooded it in 1374, 1,500 died.", "Bells", "of the Old City rang"]
@@ -139,8 +137,6 @@ def test_features_golden():
             ("Which city is it?", {"where", "which"}), ("Name it.", set())):
         assert {name for name, pattern in refrag.KINDS.items() if pattern.search(question.lower())} == kinds
 
-
-# -- the network --------------------------------------------------------------------------------------
 
 def random_batch(L, docs, seed=0, dim=6):
     rng = np.random.default_rng(seed)
@@ -250,8 +246,6 @@ def test_recall_asks_for_all_chunks_of_one_place(monkeypatch, spans, expected):
     assert refrag.gate_recall(gate, [example], (0.4, 0.7)) == expected and refrag.gate_recall(gate, [], (0.4,)) == {}
 
 
-# -- the policy ----------------------------------------------------------------------------------------------
-
 def test_draws_follow_the_probabilities_of_orders():
     """Each by the odds of those that are left: exactly; of 20,000 draws, within five standard errors."""
     logits, n = torch.tensor([0.5, -0.5, 1.0]), 20_000
@@ -308,8 +302,6 @@ def test_a_policy_learns_what_is_rewarded_within_its_budget():
     assert records[-1]["step"] == 60 and records[-1]["reward"] > 0.8 > 0.5 > records[0]["reward"]
     assert records[-1]["recall"]["0.25"] > 0.9
 
-
-# -- the commands -----------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def command(line, files, tmp_path, home):
@@ -471,7 +463,7 @@ def test_an_index_that_does_not_serve(done, refused, command, corpus, llama, emb
 
 
 @pytest.mark.models
-def test_the_shipped_gate_finds_the_answers_of_unseen_articles(done, tmp_path):
+def test_the_shipped_gate_finds_the_answers_of_unseen_articles(done, shared, tmp_path):
     """The sample's articles are of SQuAD's development set, which the gate has not seen. By measurement .91 / .98 / .99
     of the answers stay text whole at p = .05 / .1 / .25; by the blend, which needs no training, .82 / .92 / .97."""
     data, index = refrag.SHIPPED_GATE.parent, tmp_path / "index"

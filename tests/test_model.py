@@ -269,16 +269,6 @@ def test_collate_golden():
     assert all(a is b or torch.equal(a, b) for a, b in zip(batch, batch.to(CPU), strict=True))
 
 
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), size=st.integers(1, 12))
-@settings(max_examples=40)
-def test_rows_are_filled_up_with_texts_that_nobody_asks(lengths, size):
-    """To a multiple of `size`, by texts no longer than the longest; their values are those of the row, evenly."""
-    values, texts = refrag.fill_up(np.arange(sum(lengths)), lengths, size)
-    assert texts[: len(lengths)] == lengths and max(texts) == max(lengths) and min(texts) > 0
-    assert len(values) == sum(texts) == -(-sum(lengths) // size) * size
-    assert np.ptp(np.bincount(values)) <= 1 and values[: sum(lengths)].tolist() == list(range(sum(lengths)))
-
-
 QUESTIONS = [("The Rhone leaves Lake Geneva.", [40, 41, 42]), ("Bronze melts at 950 degrees in 长江", [50]),
              (" ".join(f"word{i}" for i in range(250)), [60, 61, 62, 63, 64])]  # the last is longer than the window
 
@@ -334,20 +324,6 @@ def test_forward_with_each_decoder(any_decoder):
 
 def test_forward_with_each_encoder(model):
     check_forward(model)
-
-
-def test_filled_rows_change_neither_logits_nor_gradients(model):
-    """Whatever the dummy texts, encoder tokens and asked positions hold."""
-    def outcome(size):
-        model.zero_grad()
-        batch = refrag.collate(sequences_for(model), size)
-        assert all(len(row) % size == 0 for row in (batch.plan, batch.encoder_ids, batch.owners, batch.asked))
-        output = model(batch)
-        torch.nn.functional.cross_entropy(output.logits, batch.labels).backward()
-        return [*output, *(p.grad for p in model.parameters() if p.grad is not None)]
-
-    for plain, filled in zip(outcome(1), outcome(100), strict=True):
-        torch.testing.assert_close(filled, plain, rtol=1e-3, atol=1e-5 * max(1, plain.abs().max().item()))
 
 
 @torch.no_grad()
@@ -431,11 +407,34 @@ def test_texts_in_a_row_are_as_each_alone(name):
         return logits, *(p.grad for p in decoder.parameters() if p.grad is not None)
 
     expected = of(torch.cat([decoder(input_ids=ids[None], use_cache=False).logits[0][ids % 3 > 0] for ids in texts]))
-    for got, want in zip(of(refrag.asked_logits(decoder, batch, input_ids=batch.plan)), expected, strict=True):
+    inputs = decoder.get_input_embeddings()(batch.plan)
+    for got, want in zip(of(refrag.asked_logits(decoder, inputs, batch)), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * max(1, want.abs().max().item()))
     assert refrag.can_pack(decoder) == packs
     after = of(torch.cat([decoder(input_ids=ids[None], use_cache=False).logits[0][ids % 3 > 0] for ids in texts]))
     torch.testing.assert_close(after[0], expected[0])
+
+
+@pytest.mark.slow
+def test_compiled_once_whatever_the_lengths(llama):
+    """With the same logits and gradients; what the compiler makes of the first batch serves the others."""
+    def outcome(order):
+        model.zero_grad()
+        output = model(refrag.collate([sequences[n] for n in order]))
+        output.logits.square().sum().backward()
+        return [output.logits, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    model, graphs, orders = build("decoder:2", llama), set(), ([0, 1, 2], [2], [2, 0, 0, 1], [0])
+    sequences = sequences_for(model)
+    expected = [outcome(order) for order in orders]
+    torch._dynamo.reset()
+    for part in (model.decoder, model.encoder.backbone):
+        part.compile(dynamic=True, backend="eager")
+    for order, plain in zip(orders, expected, strict=True):
+        for a, b in zip(outcome(order), plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * max(1, b.abs().max().item()))
+        graphs.add(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(graphs) == 1 and graphs.pop() > 0
 
 
 # -- adapters ---------------------------------------------------------------------------------------
