@@ -36,7 +36,7 @@ Contents:
     7. Alignment        anchors between two tokenizers
     8. Model            encoder, projector, decoder, checkpoints
     9. Gate             which chunks stay text, under an exact budget
-    10. Training        phases, curriculum, the loop, resume
+    10. Training        lessons, curriculum, mixtures, the loop, resume
     11. Generation      prefill, decode, citations, TTFT and TTIT
     12. Commands        a thin handler for each
 
@@ -3620,7 +3620,7 @@ RECONSTRUCT = "\n\nRepeat:\n"  # tells the decoder to give the text back instead
 NO_ANSWER = "Not in the documents."
 QUOTE = "Quote the sentence that answers this question. "
 FILL_IN = "Fill in the blank: "
-NAME_OR_NUMBER = regex.compile(  # not at the start of a sentence, where every word is written like a name
+BLANKABLE = regex.compile(  # not at the start of a sentence, where every word is written like a name
     r"(?<=[\p{Ll},;:(] )(?:\p{Lu}[\p{L}\p{N}'\u2019-]+(?: \p{Lu}[\p{L}\p{N}'\u2019-]+)*|\d[\d.,]*\d)(?![\p{L}\p{N}])")
 LONGEST_BLANKED = 400  # characters of a sentence
 LABEL_WEIGHTS = {"recon": 0.15, "next": 0.1, "cloze": 1.0, "qa": 1.0}  # in a mixture: long texts would drown answers
@@ -3917,7 +3917,7 @@ def blank_out(text: str, rng: Random) -> tuple[str, str] | None:
     Example: "Rain fell. The tower by Eiffel is old." -> ("The tower by ____ is old.", "Eiffel")
     """
     places = [(sentence, match) for sentence in SENTENCE_GAP.split(text) if len(sentence) <= LONGEST_BLANKED
-              for match in NAME_OR_NUMBER.finditer(sentence) if sentence.count(match[0]) == 1]
+              for match in BLANKABLE.finditer(sentence) if sentence.count(match[0]) == 1]
     if not places:
         return None
     sentence, match = places[int(rng.integers(len(places)))]
@@ -4723,82 +4723,6 @@ def train_phase(name: str, *configs: Options) -> None:
             keep_memory()
         summary = trainer.fit()
     emit(summary, runtime, importlib.import_module("refrag_extras.reports").training_text(summary))
-
-
-# -- the gate -----------------------------------------------------------------------
-
-GATE_LR = 1e-3  # at its peak
-CHUNKWISE = 0.2  # weight of the chunkwise cross entropy beside the listwise one
-
-
-class GateExample(NamedTuple):
-    number: int  # of the question
-    inputs: GateInput  # without its texts
-    features: np.ndarray  # (L, F)
-    tokens: np.ndarray  # (L,), encoder tokens of each chunk
-    spans: list[list[int]]  # see `answer_chunks`
-
-    @property
-    def positive(self) -> np.ndarray:
-        """(L,) bool: chunks that hold an answer, or a part of one."""
-        return np.isin(np.arange(len(self.tokens)), [chunk for span in self.spans for chunk in span])
-
-
-def example_logits(gate: QueryGate, examples: Sequence[GateExample]) -> Tensor:
-    """(B, L) logits of examples, -inf where padded."""
-    return gate.batch_logits([e.inputs for e in examples], [e.features for e in examples])
-
-
-@torch.inference_mode()
-def gate_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequence[float]) -> dict[str, float]:
-    """Share of the examples with at least one answer span kept as text, by p; empty without examples."""
-    found: dict[str, list[bool]] = {f"{p:g}": [] for p in shares if examples}
-    for part in batched(examples, 64):
-        for example, logits in zip(part, example_logits(gate, part).float().cpu().numpy(), strict=True):
-            for p in shares:
-                chosen = select_chunks(logits[: len(example.tokens)], example.tokens, p)
-                found[f"{p:g}"].append(any(chosen[span].all() for span in example.spans))
-    return {p: round(sum(hits) / len(hits), 4) for p, hits in found.items()}
-
-
-def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
-    """-log of the softmax's mass on the positive chunks, plus CHUNKWISE times the summed binary cross entropy of all
-    chunks (which grows with L); mean over questions. logits: (B, L), -inf where padded; positive: (B, L) bool.
-    """
-    real = logits > -math.inf
-    chosen = logits.masked_fill(~positive, -math.inf).logsumexp(-1)
-    each = nn.functional.binary_cross_entropy_with_logits(logits[real], positive[real].float(), reduction="sum")
-    return (logits.logsumexp(-1) - chosen).mean() + CHUNKWISE * each / len(logits)
-
-
-def descend(loss: Tensor, gate: QueryGate, optimizer: torch.optim.Optimizer) -> None:
-    loss.backward()
-    nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateExample], settings: GateConfig,
-             p: Sequence[float], seed: int) -> list[dict[str, Any]]:
-    """Train a gate in place. Returns a record per epoch with its loss and held-out recall at each p."""
-    rng = np.random.default_rng(seed)
-    stacked = np.concatenate([example.features for example in examples])
-    gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
-    gate.deviation.copy_(torch.from_numpy(stacked.std(0) + 1e-3))
-    optimizer = torch.optim.AdamW(gate.parameters(), lr=GATE_LR, weight_decay=0.01)
-    epochs = [batched(rng.permutation(len(examples)), settings.batch_size) for _ in range(settings.epochs)]
-    batches = [[examples[i] for i in numbers] for epoch in epochs for numbers in epoch]
-    each, losses, records = len(batches) // settings.epochs, [], []
-    for number, batch in enumerate(progress(batches, "train_gate", unit="step")):
-        optimizer.param_groups[0]["lr"] = GATE_LR * learning_rate_factor(number, len(batches), 0.05)
-        logits = example_logits(gate, batch)
-        loss = gate_loss(logits, padded_rows([example.positive for example in batch], False).to(logits.device))
-        descend(loss, gate, optimizer)
-        losses.append(loss.item())
-        if len(losses) % each == 0:
-            records.append({"epoch": len(losses) // each, "loss": round(float(np.mean(losses[-each:])), 4),
-                            "recall": gate_recall(gate, held_out, p)})
-    return records
 
 
 # =============================================================================

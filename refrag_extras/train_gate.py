@@ -3,41 +3,102 @@ with `train_policy`: reading those questions, writing the checkpoint."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 import refrag
-from refrag import (
-    Embedder,
-    GateConfig,
-    GateDataConfig,
-    GateExample,
-    Index,
-    IndexConfig,
-    ModelConfig,
-    QueryGate,
-    Retrieved,
-    RuntimeConfig,
-    SearchConfig,
-    Searcher,
-    require,
-)
+from refrag import GateConfig, GateDataConfig, IndexConfig, ModelConfig, QueryGate, RuntimeConfig, SearchConfig, require
 from refrag_extras import reports
+
+GATE_LR = 1e-3  # at its peak
+CHUNKWISE = 0.2  # weight of the chunkwise cross entropy beside the listwise one
+
+
+class GateExample(NamedTuple):
+    number: int  # of the question
+    inputs: refrag.GateInput  # without its texts
+    features: np.ndarray  # (L, F)
+    tokens: np.ndarray  # (L,), encoder tokens of each chunk
+    spans: list[list[int]]  # see `answer_chunks`
+
+    @property
+    def positive(self) -> np.ndarray:
+        """(L,) bool: chunks that hold an answer, or a part of one."""
+        return np.isin(np.arange(len(self.tokens)), [chunk for span in self.spans for chunk in span])
+
+
+def example_logits(gate: QueryGate, examples: Sequence[GateExample]) -> Tensor:
+    """(B, L) logits of examples, -inf where padded."""
+    return gate.batch_logits([e.inputs for e in examples], [e.features for e in examples])
+
+
+@torch.inference_mode()
+def gate_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequence[float]) -> dict[str, float]:
+    """Share of the examples with at least one answer span kept as text, by p; empty without examples."""
+    found: dict[str, list[bool]] = {f"{p:g}": [] for p in shares if examples}
+    for part in refrag.batched(examples, 64):
+        for example, logits in zip(part, example_logits(gate, part).float().cpu().numpy(), strict=True):
+            for p in shares:
+                chosen = refrag.select_chunks(logits[: len(example.tokens)], example.tokens, p)
+                found[f"{p:g}"].append(any(chosen[span].all() for span in example.spans))
+    return {p: round(sum(hits) / len(hits), 4) for p, hits in found.items()}
+
+
+def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
+    """-log of the softmax's mass on the positive chunks, plus CHUNKWISE times the summed binary cross entropy of all
+    chunks (which grows with L); mean over questions. logits: (B, L), -inf where padded; positive: (B, L) bool.
+    """
+    real = logits > -math.inf
+    chosen = logits.masked_fill(~positive, -math.inf).logsumexp(-1)
+    each = nn.functional.binary_cross_entropy_with_logits(logits[real], positive[real].float(), reduction="sum")
+    return (logits.logsumexp(-1) - chosen).mean() + CHUNKWISE * each / len(logits)
+
+
+def descend(loss: Tensor, gate: QueryGate, optimizer: torch.optim.Optimizer) -> None:
+    loss.backward()
+    nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateExample], settings: GateConfig,
+             p: Sequence[float], seed: int) -> list[dict[str, Any]]:
+    """Train a gate in place. Returns a record per epoch with its loss and held-out recall at each p."""
+    rng = np.random.default_rng(seed)
+    stacked = np.concatenate([example.features for example in examples])
+    gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
+    gate.deviation.copy_(torch.from_numpy(stacked.std(0) + 1e-3))
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=GATE_LR, weight_decay=0.01)
+    epochs = [refrag.batched(rng.permutation(len(examples)), settings.batch_size) for _ in range(settings.epochs)]
+    batches = [[examples[i] for i in numbers] for epoch in epochs for numbers in epoch]
+    each, losses, records = len(batches) // settings.epochs, [], []
+    for number, batch in enumerate(refrag.progress(batches, "train_gate", unit="step")):
+        optimizer.param_groups[0]["lr"] = GATE_LR * refrag.learning_rate_factor(number, len(batches), 0.05)
+        logits = example_logits(gate, batch)
+        loss = gate_loss(logits, refrag.padded_rows([example.positive for example in batch], False).to(logits.device))
+        descend(loss, gate, optimizer)
+        losses.append(loss.item())
+        if len(losses) % each == 0:
+            records.append({"epoch": len(losses) // each, "loss": round(float(np.mean(losses[-each:])), 4),
+                            "recall": gate_recall(gate, held_out, p)})
+    return records
 
 
 class GateData(NamedTuple):
-    searcher: Searcher
-    questions: list[Retrieved]
+    searcher: refrag.Searcher
+    questions: list[refrag.Retrieved]
     examples: list[GateExample]
     held_out: list[GateExample]
 
 
-def gate_examples(questions: list[Retrieved], index: Index, chunking: refrag.Chunking,
+def gate_examples(questions: list[refrag.Retrieved], index: refrag.Index, chunking: refrag.Chunking,
                   topk: int) -> list[GateExample]:
     """Examples of the questions for which a right passage with an answer was retrieved."""
     examples = []
@@ -89,7 +150,7 @@ def train_scorer(kind: str, data: GateDataConfig, index: IndexConfig, search: Se
     gate = QueryGate(embedder.dim, **shape).to(device)
     records = fit(gate, loaded)
     gate.half().float()  # examine the weights as they are stored
-    recall = refrag.gate_recall(gate, loaded.held_out, data.p)
+    recall = gate_recall(gate, loaded.held_out, data.p)
     times.append(time.perf_counter())
     entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
              "device": str(gate.mean.device), "recall": recall}
@@ -101,7 +162,7 @@ def train_scorer(kind: str, data: GateDataConfig, index: IndexConfig, search: Se
     refrag.emit(summary, runtime, gate_text(summary))
 
 
-def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConfig, models: ModelConfig,
+def save_gate(kind: str, gate: QueryGate, embedder: refrag.Embedder, data: GateDataConfig, models: ModelConfig,
               entry: dict[str, Any]) -> None:
     """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy."""
     checkpoint, parts = refrag.find_checkpoint(models), {}
@@ -128,6 +189,6 @@ def gate_text(summary: dict[str, Any]) -> str:
 def run(data: GateDataConfig, settings: GateConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
         runtime: RuntimeConfig) -> None:
     def fit(gate: QueryGate, loaded: GateData) -> list[dict[str, Any]]:
-        return refrag.fit_gate(gate, loaded.examples, loaded.held_out, settings, data.p, runtime.seed)
+        return fit_gate(gate, loaded.examples, loaded.held_out, settings, data.p, runtime.seed)
 
     train_scorer("gate", data, index, search, models, runtime, settings.epochs, fit)

@@ -24,7 +24,7 @@ class AnswerReader:
         self.model, self.data, self.topk, self.k = model.requires_grad_(False), data, topk, k
         self.limit = model.window or refrag.PackConfig.ctx_max
 
-    def ask(self, example: refrag.GateExample) -> refrag.Asked:
+    def ask(self, example: train_gate.GateExample) -> refrag.Asked:
         """An example's question over its retrieved passages, with the best right passage and an answer that it holds.
 
         Raises UserError if they exceed the decoder's window: chunks are numbered through all of them.
@@ -82,7 +82,7 @@ def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor)
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
 
 
-def fit_policy(policy: refrag.QueryGate, reader: AnswerReader, held_out: list[refrag.GateExample],
+def fit_policy(policy: refrag.QueryGate, reader: AnswerReader, held_out: list[train_gate.GateExample],
                settings: refrag.PolicyConfig, p: Sequence[float], seed: int) -> list[dict[str, Any]]:
     """Train a policy in place: chunks that stay text are drawn, the answer's log-probability is the reward.
 
@@ -91,11 +91,11 @@ def fit_policy(policy: refrag.QueryGate, reader: AnswerReader, held_out: list[re
     examples, rng, generator = reader.data.examples, np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.policy_lr, weight_decay=0.01)
 
-    def draw(example: refrag.GateExample) -> tuple[refrag.GateExample, Tensor, Tensor, Tensor]:
+    def draw(example: train_gate.GateExample) -> tuple[train_gate.GateExample, Tensor, Tensor, Tensor]:
         """An example with a group of orders, their log-probabilities and rewards."""
         picks = max(1, math.floor(float(rng.choice(p)) * len(example.tokens)))
         with torch.no_grad():
-            logits = refrag.example_logits(policy, [example])[0]
+            logits = train_gate.example_logits(policy, [example])[0]
             orders = sample_orders(logits, picks, settings.group, generator).to(logits.device)
             before = order_log_probability(logits, orders)
         masks = [np.isin(np.arange(len(example.tokens)), order) for order in orders.cpu().numpy()]
@@ -106,8 +106,8 @@ def fit_policy(policy: refrag.QueryGate, reader: AnswerReader, held_out: list[re
         """Draw for some questions, then update a few times on what was drawn. Returns the mean reward."""
         drawn = [draw(examples[i]) for i in rng.choice(len(examples), settings.batch_size).tolist()]
         for _ in range(REUSE):
-            losses = [policy_loss(refrag.example_logits(policy, [example])[0], *group) for example, *group in drawn]
-            refrag.descend(torch.stack(losses).mean(), policy, optimizer)
+            losses = [policy_loss(train_gate.example_logits(policy, [example])[0], *group) for example, *group in drawn]
+            train_gate.descend(torch.stack(losses).mean(), policy, optimizer)
         return float(torch.stack([rewards.mean() for *_, rewards in drawn]).mean())
 
     rewards, records, every = [], [], max(1, settings.steps // 8)
@@ -115,7 +115,7 @@ def fit_policy(policy: refrag.QueryGate, reader: AnswerReader, held_out: list[re
         rewards.append(step())
         if number % every == 0 or number == settings.steps:
             records.append({"step": number, "reward": round(float(np.mean(rewards[-every:])), 4),
-                            "recall": refrag.gate_recall(policy, held_out, p)})
+                            "recall": train_gate.gate_recall(policy, held_out, p)})
     return records
 
 

@@ -152,13 +152,13 @@ def small_gate(**shape):
 
 def example_of(inputs, columns, spans=((0,),)):
     """A GateExample; 4 tokens a chunk."""
-    return refrag.GateExample(0, inputs, columns, np.full(len(inputs.docs), 4), [list(span) for span in spans])
+    return train_gate.GateExample(0, inputs, columns, np.full(len(inputs.docs), 4), [list(span) for span in spans])
 
 
 def test_padding_changes_nothing():
     gate = small_gate()
     examples = [example_of(*random_batch(L, sorted(i % 3 for i in range(L)), seed)) for seed, L in enumerate((5, 2, 9))]
-    for example, row in zip(examples, refrag.example_logits(gate, examples).detach().numpy(), strict=True):
+    for example, row in zip(examples, train_gate.example_logits(gate, examples).detach().numpy(), strict=True):
         L = len(example.tokens)
         assert np.isfinite(row[:L]).all() and (row[L:] == -np.inf).all()
         np.testing.assert_allclose(gate.logits(example.inputs, example.features), row[:L], atol=1e-5)
@@ -218,7 +218,7 @@ def test_reasons_and_gate_loss_golden():
         "compressed: rank 2 of 3, 8 of 5 tokens up to here"]
     logits, positive = torch.tensor([[0.0, 0.0, -math.inf]]), torch.tensor([[True, False, False]])
     for L in (2, 3):
-        assert refrag.gate_loss(logits[:, :L], positive[:, :L]).item() == pytest.approx(1.4 * math.log(2))
+        assert train_gate.gate_loss(logits[:, :L], positive[:, :L]).item() == pytest.approx(1.4 * math.log(2))
 
 
 def test_a_gate_learns_and_is_the_same_again():
@@ -226,9 +226,9 @@ def test_a_gate_learns_and_is_the_same_again():
 
     def fit(count, epochs):
         gate, config = small_gate(), refrag.GateConfig(epochs=epochs, batch_size=8)
-        return gate, refrag.fit_gate(gate, examples[:count], held_out, config, (0.1,), seed=0)
+        return gate, train_gate.fit_gate(gate, examples[:count], held_out, config, (0.1,), seed=0)
 
-    assert refrag.gate_recall(small_gate(), held_out, (0.1,))["0.1"] < 0.3
+    assert train_gate.gate_recall(small_gate(), held_out, (0.1,))["0.1"] < 0.3
     _, records = fit(300, 8)
     assert [r["epoch"] for r in records] == list(range(1, 9)) and records[-1]["loss"] < records[0]["loss"] / 2
     assert records[-1]["recall"]["0.1"] > 0.85
@@ -243,7 +243,8 @@ def test_recall_asks_for_all_chunks_of_one_place(monkeypatch, spans, expected):
     """4 tokens a chunk, 12 in all: p = .4 takes one chunk, p = .7 two."""
     gate, example = small_gate(), example_of(*random_batch(3, [0, 0, 0]), spans)
     monkeypatch.setattr(gate, "forward", lambda *batch: torch.tensor([[3.0, 2.0, 1.0]]))
-    assert refrag.gate_recall(gate, [example], (0.4, 0.7)) == expected and refrag.gate_recall(gate, [], (0.4,)) == {}
+    assert train_gate.gate_recall(gate, [example], (0.4, 0.7)) == expected
+    assert train_gate.gate_recall(gate, [], (0.4,)) == {}
 
 
 def test_draws_follow_the_probabilities_of_orders():
