@@ -15,8 +15,7 @@ The method in ten steps, each with the function that does it (section in bracket
      7. plan the positions: token ids, or one vector a chunk             mixed_plan                       [6]
      8. project the states to decoder embeddings                         Projector, RefragModel.embed     [8]
      9. read the mix, write the answer, settle its citations             prefill, decode, cite            [11]
-    10. train it all: the text back, its continuation, answers           ReconLessons, NextLessons,
-                                                                         AnswerLessons, Trainer           [10]
+    10. train it all: the text back, its continuation, blanks, answers   recon, following, cloze, Trainer [10]
 
 Pipeline.prepare runs 1, 2, 3, 5, 6, 7, then 4 (for states that the index lacks) and 8; Pipeline.generate runs 9.
 
@@ -37,7 +36,7 @@ Contents:
     7. Alignment        anchors between two tokenizers
     8. Model            encoder, projector, decoder, checkpoints
     9. Gate             which chunks stay text, under an exact budget
-    10. Training        phases, curriculum, the loop, resume
+    10. Training        lessons, curriculum, mixtures, the loop, resume
     11. Generation      prefill, decode, citations, TTFT and TTIT
     12. Commands        a thin handler for each
 
@@ -332,11 +331,13 @@ class GenerateConfig(Options):
 
 
 class BenchConfig(Options):
+    task: str = opt("answer", "what is timed: answers, or steps of training on random texts", choices="answer train")
     contexts: tuple[int, ...] = opt((512, 1024, 2048, 4096, 8192), "tokens; whole passages, as many as fit", low=1)
-    modes: tuple[str, ...] = opt(("full", "refrag", "none"), "what is timed", choices="full refrag none")
+    modes: tuple[str, ...] = opt(("full", "refrag", "none"), "prompts that are timed", choices="full refrag none")
     k: tuple[int, ...] = like(PackConfig, "k", default=(8, 16, 32))
     p: tuple[float, ...] = like(PackConfig, "p", default=(0.0, 0.1, 0.25))
-    batch_size: tuple[int, ...] = opt((1,), "copies of the question answered together", low=1)
+    batch_size: tuple[int, ...] = opt((1,), "copies of the question answered together, or texts of a step", low=1)
+    lora_r: int = opt(0, "--task train: train the decoder through LoRA of this rank; 0: all its weights", low=0)
     new: int = opt(32, "tokens decoded each time", low=1)
     repeats: int = opt(5, "rounds that count, after one to warm up", low=1)
     question: str = opt("Which people, places and events are described, and when did it happen?", "what is asked")
@@ -348,7 +349,16 @@ class TextConfig(Options):
     eval_json: tuple[str, ...] = opt((), "held-out texts of the same form", exists=True)
 
 
-PHASE_DEFAULTS = {"cpt_align": ("p", 1e-3), "cpt_recon": ("pe", 2e-4), "cpt_next": ("ped", 5e-5), "sft": ("ped", 2e-5)}
+class Phase(NamedTuple):
+    kind: str  # of its lessons; none: a mixture
+    train: str  # letters of what it trains
+    lr: float
+    weights: dict[str, float]  # of the terms of its loss
+
+
+PHASES = {"cpt_align": Phase("align", "p", 1e-3, {"kl": 1.0, "argmax": 0.2, "mse": 1.0}),
+          "cpt_recon": Phase("recon", "pe", 2e-4, {"text": 1.0}), "cpt_next": Phase("next", "ped", 5e-5, {"text": 1.0}),
+          "sft": Phase("qa", "ped", 2e-5, {"text": 1.0}), "train": Phase("", "ped", 5e-5, {"text": 1.0})}
 LORA_LR = 1e-4  # LoRA matrices tolerate a higher rate than full weights
 
 
@@ -356,15 +366,19 @@ class TrainConfig(Options):
     out_dir: str | None = opt(None, "folder for checkpoints, metrics.jsonl, run.json and loss.png", needed=True)
     k: tuple[int, ...] = opt((16,), "tokens per vector; of several, one is drawn for each text", low=1, high=64)
     train: str | None = opt(None, "letters of what is trained: projector, encoder, decoder; default " + ", ".join(
-        f"{phase} {letters}" for phase, (letters, _) in PHASE_DEFAULTS.items()))
+        f"{name} {phase.train}" for name, phase in PHASES.items()))
     lora_r: int = opt(0, "train the decoder through LoRA of this rank; 0: all its weights", low=0)
     steps: int = opt(1000, "optimizer steps", low=1)
+    seconds: float | None = opt(None, "end after so much training instead, whatever --steps says", above=0)
     lr: float | None = opt(None, f"peak learning rate; default {LORA_LR:g} with --lora_r, else " + ", ".join(
-        f"{phase} {lr:g}" for phase, (_, lr) in PHASE_DEFAULTS.items()), above=0, high=1e30)
+        f"{name} {phase.lr:g}" for name, phase in PHASES.items()), above=0, high=1e30)
     projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr", above=0, high=1e30)
+    encoder_lr: float | None = opt(None, "the encoder's own peak learning rate; default --lr", above=0, high=1e30)
+    distill: float = opt(0.0, "weight of the divergence from the decoder before this phase, on the full text", low=0)
     batch_size: int = opt(8, "sequences of --seq_tokens positions, or as many positions of shorter ones", low=1)
     grad_accum: int = opt(1, "times --batch_size per optimizer step and process", low=1)
     seq_tokens: int = opt(512, "text tokens of a sequence; longer texts become several")
+    workers: int | None = opt(None, "processes that prepare the batches; default 0 on a CPU, else by its cores", low=0)
     warmup: float = opt(0.04, "share of the steps with a rising learning rate", low=0, below=1)
     weight_decay: float = opt(0.01, "weight decay of matrices", low=0)
     grad_clip: float = opt(1.0, "gradient norm at most; 0: as it is", low=0)
@@ -388,19 +402,55 @@ class ReconConfig(Options):
 class NextConfig(Options):
     expand_frac: float = opt(0.25, "share of the chunks left as tokens, on average", low=0, high=1)
     recon_frac: float = opt(0.2, "share of the texts that are reconstructed instead", low=0, high=1)
-    distill: float = opt(0.0, "weight of the divergence from the decoder before this phase, on the full text", low=0)
 
 
 class SftConfig(Options):
     rag_json: str | None = opt(None, "JSON lines {question,answers,positive_ids}", needed=True, exists=True)
     eval_json: str | None = opt(None, "held-out questions of the same form", exists=True)
+
+
+class AnswersConfig(Options):
     p: tuple[float, ...] = opt((0.0, 0.1, 0.25), "shares of text, one drawn for each question", low=0, high=1)
     gate_frac: float = opt(0.75, "share of the questions whose text the gate chooses", low=0, high=1)
     no_answer_frac: float = opt(0.1, "share without the right passages: \"not in the documents\"", low=0, high=1)
     quote_frac: float = opt(0.0, "share whose target is the whole sentence with the answer", low=0, high=1)
+    expanded_only_frac: float = opt(0.0, "share with their text chunks alone, at 0 < p < 1", low=0, high=1)
     topk_min: int | None = opt(None, "show between this many passages and --topk; default --topk", low=1)
     limit: int | None = opt(None, "read at most this many questions of each file", low=1)
-    distill: float = like(NextConfig, "distill")
+
+
+MIXED = ("recon", "next", "cloze", "qa")
+
+
+def parse_shares(flag: str, text: str) -> dict[str, float]:
+    """Example: "recon=.4,qa=.6" -> {"recon": .4, "qa": .6}. Raises UserError."""
+    try:
+        shares = {name.strip(): float(share) for name, share in (part.split("=") for part in text.split(","))}
+        valid = shares.keys() <= set(MIXED) and min(shares.values()) >= 0 and 0 < sum(shares.values()) < math.inf
+    except ValueError:
+        valid = False
+    require(valid, f"--{flag} {text}: write shares of {', '.join(MIXED)}, like recon=.4,qa=.6")
+    return shares
+
+
+class MixConfig(Options):
+    mix: str = opt("recon=.4,next=.1,cloze=.3,qa=.2", f"shares of {', '.join(MIXED)} at the start of the run")
+    mix_end: str | None = opt(None, "the same for its end; between, they move in a straight line; default --mix")
+    train_json: tuple[str, ...] = like(TextConfig, "train_json", needed=False)
+    eval_json: tuple[str, ...] = like(TextConfig, "eval_json")
+    rag_json: str | None = like(SftConfig, "rag_json", needed=False)
+    eval_rag_json: str | None = like(SftConfig, "eval_json")
+    text_tokens: int = opt(256, "tokens of a text at most; longer ones become several", low=1)
+
+    def check(self) -> None:
+        kinds = {kind for side in self.shares for kind in side}
+        require(bool(self.rag_json) or "qa" not in kinds, "--rag_json is missing: the mixture has qa")
+        require(bool(self.train_json) or kinds == {"qa"}, "--train_json is missing: the mixture has lessons over texts")
+
+    @property
+    def shares(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Of each kind of lesson, at the start and at the end."""
+        return parse_shares("mix", self.mix), parse_shares("mix_end", self.mix_end or self.mix)
 
 
 EVAL_MODES = {  # what --modes may name
@@ -420,7 +470,7 @@ class EvalConfig(Options):
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
     texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz", exists=True)
     modes: tuple[str, ...] = opt((), f"what is compared; default all of the task but {', '.join(EVAL_ONLY_NAMED)}")
-    p: tuple[float, ...] = like(SftConfig, "p", help="shares of the context that stay text at most")
+    p: tuple[float, ...] = like(AnswersConfig, "p", help="shares of the context that stay text at most")
     k: tuple[int, ...] = like(PackConfig, "k", default=(PackConfig.k,))
     gate: str = like(PackConfig, "gate")
     floor: int = like(PackConfig, "floor", default=0)
@@ -458,7 +508,7 @@ class GateDataConfig(Options):
     out_dir: str | None = opt(None, "checkpoint to write, with the parts of --load_dir", needed=True, fresh=True)
     k: int = like(PackConfig, "k")
     p: tuple[float, ...] = opt((0.05, 0.1, 0.25), "shares of text to examine the gate at", above=0, below=1)
-    limit: int | None = like(SftConfig, "limit")
+    limit: int | None = like(AnswersConfig, "limit")
     eval_limit: int = opt(600, "held-out questions at most", low=1)
 
 
@@ -514,7 +564,10 @@ COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *conf
     ("cpt_align", "Train vectors to stand for the tokens between anchors.", TextConfig, *TRAINING),
     ("cpt_recon", "Train encoder and projector to give a text back.", TextConfig, ReconConfig, *TRAINING),
     ("cpt_next", "Train everything to continue a compressed text.", TextConfig, NextConfig, *TRAINING),
-    ("sft", "Train on questions with retrieved passages; the loss is on the answer.", SftConfig, *RETRIEVAL, *TRAINING),
+    ("sft", "Train on questions with retrieved passages; the loss is on the answer.",
+     SftConfig, AnswersConfig, *RETRIEVAL, *TRAINING),
+    ("train", "Train on several kinds of lessons, by shares that move with the run's progress.",
+     MixConfig, ReconConfig, NextConfig, AnswersConfig, *RETRIEVAL, *TRAINING),
     ("train_gate", "Train the gate to find the chunks that hold the answer.",
      GateDataConfig, GateConfig, *RETRIEVAL, ReaderConfig),
     ("train_policy", "Train the paper's policy: it draws the chunks, the decoder's answer rewards it.",
@@ -524,7 +577,7 @@ COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *conf
     ("serve", "Answer OpenAI-style requests over HTTP, and show a page to ask from.", ServeConfig, *ANSWERING),
     ("export", "Write a question's mixed prompt as embeddings, for vLLM.", ExportConfig, QuestionConfig, *ANSWERING),
     ("eval", "Measure answers, rankings, gate or vectors against controls.", EvalConfig, *RETRIEVAL, ReaderConfig),
-    ("bench", "Time the first token and those after it by context length.", BenchConfig, IndexConfig, ReaderConfig),
+    ("bench", "Time answers by context length, or steps of training.", BenchConfig, IndexConfig, ReaderConfig),
     ("doctor", "Show device, versions, models and an index's integrity.", IndexConfig, ModelConfig, DoctorConfig),
 )}
 
@@ -756,7 +809,7 @@ try:
     import transformers
     from huggingface_hub.dataclasses import type_validator
     from safetensors import SafetensorError
-    from safetensors.torch import load_file, save, save_file
+    from safetensors.torch import load_file, save_file
     from tokenizers.decoders import DecodeStream
     from torch import Tensor, nn
     from torch.distributed.checkpoint import state_dict
@@ -931,19 +984,6 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_path(path.parent)
-
-
-def save_figure(path: Path, panels: int, size: tuple[float, float], paint: Callable[..., None]) -> None:
-    """Replace a picture by what `paint` draws on the axes of its panels."""
-    try:
-        from matplotlib import figure
-    except ImportError as error:
-        return notice(f"library missing: {one_line(error)}: pip install matplotlib, for {path.name}")
-    page, data = figure.Figure(figsize=size), io.BytesIO()
-    paint(*page.subplots(1, panels, squeeze=False)[0])
-    page.tight_layout()
-    page.savefig(data, dpi=100, format="png")
-    write_atomic(path, data.getvalue())
 
 
 def restore_folder(final: Path) -> None:
@@ -1774,8 +1814,6 @@ def late_chunk_vectors(states: np.ndarray, token_ends: Sequence[int], chunk_ends
     return np.where(counts > 0, sums / np.maximum(counts, 1), passage_vector)
 
 
-
-
 def map_file(path: Path) -> pa.Buffer:
     """A file's bytes, memory-mapped. (pyarrow's own mapping takes no path that is not UTF-8, numpy's no empty file.)"""
     with path.open("rb") as handle:
@@ -2593,10 +2631,87 @@ def segment_means(states: Tensor, owners: Tensor, count: int) -> Tensor:
     states: (T, E); owners: (T,), range [-1, count), -1 for none. Returns (count, E).
     Example: states [[1], [3], [7]], owners [0, 0, -1], count 1 -> [[2]]
     """
-    owners = owners % (count + 1)  # -1 becomes an extra owner, the last, which is dropped
-    sums = states.new_zeros(count + 1, states.shape[1]).index_add(0, owners, states)
-    sizes = torch.bincount(owners, minlength=count + 1).clamp_min(1).unsqueeze(1)
-    return (sums / sizes.to(states.dtype))[:count]
+    # -1 becomes one of `count` extra owners, which are dropped: a GPU adds what one owner has one after the other
+    owners = torch.where(owners < 0, count + torch.arange(len(owners), device=owners.device) % count, owners)
+    sums = states.new_zeros(2 * count, states.shape[1]).index_add(0, owners, states)
+    sizes = states.new_zeros(2 * count).index_add(0, owners, states.new_ones(len(owners)))
+    return (sums / sizes.clamp_min(1).unsqueeze(1))[:count]
+
+
+QUERY_BLOCK = 128
+VARLEN = torch.__version__ >= (2, 12)  # the first one whose kernel takes grouped heads
+
+
+@torch.compiler.disable  # it would be compiled for every length
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """Attention of one text, (H, T, D), by products of matrices: on CPUs faster than torch's kernel, in bfloat16 two to
+    three times. In blocks of queries, for which what lies ahead is not computed. key, value: (KV, T, D)."""
+    KV, T, D = key.shape
+    query, blocks = query.reshape(KV, -1, T, D), []  # (KV, G, T, D), the G heads of a group share a product
+    for start in range(0, T, QUERY_BLOCK):
+        part, end = query[:, :, start : start + QUERY_BLOCK], min(start + QUERY_BLOCK, T)
+        hidden = part.new_full((end - start, end), -math.inf)
+        hidden = (hidden.triu(start + 1) + hidden.tril(start - (window or T))).repeat(query.shape[1], 1)
+        scores = torch.baddbmm(hidden, part.flatten(1, 2), key[:, :end].mT, alpha=scaling or D**-0.5)
+        blocks.append(torch.bmm(scores.softmax(-1), value[:, :end]).view_as(part))  # scores: (KV, G * block, end)
+    return torch.cat(blocks, dim=2).flatten(0, 1)
+
+
+def attend_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                   cu_seq_lens_q: Tensor | None = None, scaling: float | None = None,
+                   **more: Any) -> tuple[Tensor, None]:
+    """Causal attention within each of the n texts of a row. query: (1, H, P, D); key, value: as many heads or fewer.
+
+    cu_seq_lens_q: (n + 1,), where texts begin and end; without it, what "sdpa" does. Returns (1, P, H, D).
+    """
+    if cu_seq_lens_q is None:
+        return ATTENTION["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **more)
+    query, key, window = query.to(value.dtype), key.to(value.dtype), more.get("sliding_window")
+    if value.is_cuda and value.dtype != torch.float32 and VARLEN:
+        from torch.nn.attention.varlen import varlen_attn
+
+        parts, longest = (part[0].transpose(0, 1) for part in (query, key, value)), more["max_length_q"]
+        return varlen_attn(*parts, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, enable_gqa=True,
+                           window_size=(window - 1 if window else -1, 0))[None], None
+    texts = zip(*(part[0].split(cu_seq_lens_q.diff().tolist(), dim=1) for part in (query, key, value)), strict=True)
+    return torch.cat([causal_attention(*text, scaling, window) for text in texts], dim=1).transpose(0, 1)[None], None
+
+
+ATTENTION = transformers.AttentionInterface()
+ATTENTION.register("by_text", attend_by_text)
+transformers.AttentionMaskInterface.register("by_text", transformers.AttentionMaskInterface()["sdpa"])
+
+
+def row_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """What a decoder needs to read texts of these lengths in one row, each as if it stood alone."""
+    sizes = torch.tensor([0, *lengths], device=device)
+    ends, P = sizes.cumsum(0), sum(lengths)
+    starts = torch.repeat_interleave(ends[:-1], sizes[1:], output_size=P)
+    return {"position_ids": (torch.arange(P, device=device) - starts)[None], "cu_seq_lens_q": ends.int(),
+            "max_length_q": max(lengths), "attention_mask": torch.empty(1, 1, 1, 1, device=device),  # 4D: make none
+            "use_cache": False}
+
+
+@torch.no_grad()
+def can_pack(decoder: nn.Module) -> bool:
+    """Whether texts that share a row stay apart in a decoder, or one without its head; found by trying, once.
+
+    They don't where layers are recurrent, or where attention has a form that `attend_by_text` does not know.
+    """
+    if "packs" not in vars(decoder):
+        config, weight, decoder.packs = decoder.config, decoder.get_input_embeddings().weight, False
+        plain = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+        if plain and config._attn_implementation == "sdpa" and decoder._can_set_attn_implementation():
+            ids = torch.arange(7, 91, 7, device=weight.device)[None] % len(weight)
+            alone = decoder(input_ids=ids[:, 5:], use_cache=False)[0].float()
+            decoder.set_attn_implementation("by_text")
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                packed = decoder(input_ids=ids, **row_arguments([5, 7], weight.device))[0][:, 5:].float()
+                limit = 1e-3 if alone.dtype == weight.dtype else 0.1  # else rounding in bfloat16
+                decoder.packs = bool((packed - alone).norm() <= limit * alone.norm())
+            if not decoder.packs:
+                decoder.set_attn_implementation("sdpa")
+    return decoder.packs
 
 
 class ChunkEncoder(nn.Module):
@@ -2631,14 +2746,17 @@ class ChunkEncoder(nn.Module):
         """Whether averaging states of `stored`-token chunks gives its states of k-token chunks."""
         return self.contextual or k == stored
 
-    def forward(self, ids: Tensor, lengths: list[int], owners: Tensor, count: int) -> Tensor:
+    def forward(self, ids: Tensor, lengths: list[int], owners: Tensor, count: int, packed: bool = False) -> Tensor:
         """One state per chunk: (count, E) float32, the mean of the states of its tokens.
 
-        ids: (S,), the tokens of all rows; lengths: tokens of each row; owners: (S,), the chunk each token is pooled
-        into, range [-1, count), -1 for none. Rows of similar length share a pass.
+        ids: (S,), the tokens of all texts; lengths: tokens of each text; owners: (S,), the chunk each token is pooled
+        into, range [-1, count), -1 for none. packed: read all in one row, else texts of similar length in a pass.
         """
-        rows, device = ids.split(lengths), next(self.parameters()).device
-        states: list[Tensor] = [torch.empty(0)] * len(rows)
+        device = next(self.parameters()).device
+        if packed:
+            [states] = self.backbone(input_ids=ids[None].to(device), **row_arguments(lengths, device)).last_hidden_state
+            return segment_means(states.float(), owners.to(device), count)
+        rows, states = ids.split(lengths), [torch.empty(0)] * len(lengths)
         order = sorted(range(len(rows)), key=lambda i: lengths[i])
         while order:
             size = 1  # as many rows as fit when padded to the longest, which is the last
@@ -2728,14 +2846,15 @@ class Projector(nn.Module):
 
 
 class Batch(NamedTuple):
-    """Training sequences as tensors. C chunks in all, N positions with a label."""
-    encoder_ids: Tensor  # (S,), the rows that the encoder reads, one after the other
-    lengths: list[int]  # tokens of each row
+    """Training sequences as tensors, one after the other. C chunks in all, N positions with a label."""
+    encoder_ids: Tensor  # (S,), the texts that the encoder reads
+    encoder_lengths: list[int]  # tokens of each
     owners: Tensor  # (S,), the chunk each encoder token is pooled into, -1 for none
-    chunk_ids: Tensor  # the decoder's tokens of all chunks, one after the other
+    chunk_ids: Tensor  # the decoder's tokens of all chunks
     sizes: Tensor  # (C,), how many of them each chunk has
-    plan: Tensor  # (B, T), v >= 0 is the token v, v < 0 the vector of chunk -v - 1; 0 where padded
-    asked: Tensor  # (N,), positions b * T + t that have a label
+    plan: Tensor  # (P,), v >= 0 is the token v, v < 0 the vector of chunk -v - 1
+    lengths: list[int]  # positions of each sequence
+    asked: Tensor  # (N,), positions that have a label
     labels: Tensor  # (N,), what should follow them
 
     def to(self, device: torch.device) -> Batch:
@@ -2749,30 +2868,33 @@ class Output(NamedTuple):
 
 
 def collate(sequences: Sequence[TrainingSequence]) -> Batch:
-    """Sequences as a batch, each a row padded on the right, which a causal decoder does not see."""
-    rows, chunks, owners, plans = [], [], [], []
+    """Sequences as a batch, chunks numbered through all of them."""
+    texts, chunks, owners, plans = [], [], [], []
     for sequence in sequences:
-        C = len(chunks)  # chunks are numbered through the batch
-        rows += [ids for ids, _ in sequence.content.rows]
+        C = len(chunks)
+        texts += [ids for ids, _ in sequence.content.rows]
         owners += [np.where(owner < 0, -1, owner + C) for _, owner in sequence.content.rows]
-        plans.append(torch.from_numpy(np.where(sequence.plan < 0, sequence.plan - C, sequence.plan)))
+        plans.append(np.where(sequence.plan < 0, sequence.plan - C, sequence.plan))
         chunks += sequence.content.chunks
-    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
-    labels = pad([torch.from_numpy(s.labels) for s in sequences], padding_value=-1).flatten()
-    asked = (labels >= 0).nonzero().squeeze(1)
-    none = np.zeros(0, dtype=np.int64)  # there may be no chunks
-    ids, owners, chunk_ids = (torch.from_numpy(np.concatenate([none, *part])) for part in (rows, owners, chunks))
-    sizes = torch.tensor([len(chunk) for chunk in chunks], dtype=torch.long)
-    return Batch(ids, [len(row) for row in rows], owners, chunk_ids, sizes, pad(plans), asked, labels[asked])
+    labels, none = [sequence.labels for sequence in sequences], np.zeros(0, dtype=np.int64)  # there may be no chunks
+    ids, owners, chunk_ids, plan, labels = (torch.from_numpy(np.concatenate([none, *part])) for part in (
+        texts, owners, chunks, plans, labels))
+    encoder_lengths, sizes, lengths = ([len(one) for one in part] for part in (texts, chunks, plans))
+    asked = (labels >= 0).nonzero()[:, 0]
+    return Batch(ids, encoder_lengths, owners, chunk_ids, torch.tensor(sizes, dtype=torch.long), plan, lengths, asked,
+                 labels[asked])
 
 
-def head_reads(decoder: nn.Module, asked: Tensor) -> contextlib.AbstractContextManager:
-    """Within `with head_reads(..)`, the LM head sees only the asked positions. asked: (N,), numbers b * T + t.
-
-    A hook, so that whatever an architecture does to its logits still happens.
-    """
-    return decoder.get_output_embeddings().register_forward_pre_hook(
-        lambda head, args: (args[0].flatten(0, 1)[asked], *args[1:]))
+def asked_logits(decoder: nn.Module, inputs: Tensor, batch: Batch) -> Tensor:
+    """(N, V) logits at the asked positions; the LM head runs over no others. inputs: (P, D), read in one row if the
+    decoder `can_pack`, else text by text."""
+    if can_pack(decoder):
+        row = row_arguments(batch.lengths, inputs.device)
+        return decoder(inputs_embeds=inputs[None], logits_to_keep=batch.asked, **row).logits[0]
+    asked = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device).index_fill(0, batch.asked, True)
+    parts = zip(inputs.split(batch.lengths), asked.split(batch.lengths), strict=True)
+    return torch.cat([decoder(inputs_embeds=text[None], logits_to_keep=mask.nonzero()[:, 0], use_cache=False).logits[0]
+                      for text, mask in parts])
 
 
 def part_tensors(part: nn.Module) -> dict[str, Tensor]:
@@ -2848,29 +2970,29 @@ class RefragModel(PreTrainedModel):
             return torch.zeros(0, self.encoder.width, device=batch.sizes.device)
         trains = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            return self.encoder(batch.encoder_ids, batch.lengths, batch.owners, len(batch.sizes))
+            packed = self.encoder.contextual and can_pack(self.encoder.backbone)
+            return self.encoder(batch.encoder_ids, batch.encoder_lengths, batch.owners, len(batch.sizes), packed)
 
     def embed(self, plan: Tensor, chunk_ids: Tensor, sizes: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The decoder's inputs (.., D) for a plan (..) of token ids and chunks; the chunks' vectors and means, (C, D).
+        """The decoder's inputs (P, D) for a plan (P,) of token ids and chunks; the chunks' vectors and means, (C, D).
 
         chunk_ids: the decoder's tokens of the C chunks, one after the other; sizes: (C,), how many each has; states:
         (C, E), the encoder's. A vector is the mean of its chunk's token embeddings with the projector's correction.
         """
         table = self.decoder.get_input_embeddings()
-        inputs = table(plan.clamp(min=0))
+        inputs = table(plan.abs() % len(table.weight))  # under a vector any token's, not the same one's everywhere
         if not len(sizes):
             return inputs, *(inputs.new_zeros(0, inputs.shape[-1]) for _ in range(2))
-        means = segment_means(table(chunk_ids).float(), torch.repeat_interleave(sizes), len(sizes))
+        owners = torch.repeat_interleave(sizes, output_size=len(chunk_ids))
+        means = segment_means(table(chunk_ids).float(), owners, len(sizes))
         vectors = self.projector(states, means)
-        at = plan < 0
-        return inputs.masked_scatter(at.unsqueeze(-1), vectors[-plan[at] - 1].to(inputs.dtype)), vectors, means
+        fed = vectors.index_select(0, (plan.abs() - 1) % len(vectors))  # under a token any vector, likewise
+        return torch.where(plan.unsqueeze(-1) < 0, fed.to(inputs.dtype), inputs), vectors, means
 
     def forward(self, batch: Batch) -> Output:
         """Read a batch. The LM head runs over the N positions that are asked something, nowhere else."""
         inputs, vectors, means = self.embed(batch.plan, batch.chunk_ids, batch.sizes, self.chunk_states(batch))
-        with head_reads(self.decoder, batch.asked):
-            logits = self.decoder(inputs_embeds=inputs, use_cache=False).logits  # (N, V)
-        return Output(logits, vectors, means)
+        return Output(asked_logits(self.decoder, inputs, batch), vectors, means)
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of the trained parts by file name. Under FSDP a collective call: every process must make it."""
@@ -3487,20 +3609,24 @@ def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float, floor: i
 
 
 # =============================================================================
-# 10. Training. Phases that build sequences, a curriculum, and one loop on
-#     accelerate that can be killed and continued. Knows no command line.
+# 10. Training. Lessons that build sequences, a curriculum, mixtures, and one loop
+#     on accelerate that can be killed and continued. Knows no command line.
 # =============================================================================
 
 Random = np.random.Generator
 
-TOKEN_CACHE_VERSION = 3
+TOKEN_CACHE_VERSION = 4
 RECONSTRUCT = "\n\nRepeat:\n"  # tells the decoder to give the text back instead of going on with it
 NO_ANSWER = "Not in the documents."
 QUOTE = "Quote the sentence that answers this question. "
+FILL_IN = "Fill in the blank: "
+BLANKABLE = regex.compile(  # not at the start of a sentence, where every word is written like a name
+    r"(?<=[\p{Ll},;:(] )(?:\p{Lu}[\p{L}\p{N}'\u2019-]+(?: \p{Lu}[\p{L}\p{N}'\u2019-]+)*|\d[\d.,]*\d)(?![\p{L}\p{N}])")
+LONGEST_BLANKED = 400  # characters of a sentence
+LABEL_WEIGHTS = {"recon": 0.15, "next": 0.1, "cloze": 1.0, "qa": 1.0}  # in a mixture: long texts would drown answers
 CONTROLS = ("vectors", "none", "wrong", "full")  # what every evaluation compares
 CURRICULUM_STAGES = 9
 LEAST_SHARE = 0.02  # of every text length at any time, so that none is forgotten
-PASS_COST = {"cpu": 64, "cuda": 2048}  # padded positions that take about as long as another pass
 
 
 def curriculum_table(tasks: int) -> np.ndarray:
@@ -3542,105 +3668,110 @@ def without_folders(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [fact | {"file": Path(fact["file"]).name} for fact in facts]
 
 
+# -- training texts -----------------------------------------------------------------
+
+TOKENS = {"tokens": pa.list_(pa.int32()), "cuts": pa.list_(pa.bool_()),  # cuts: whether one may be made before each
+          "context": pa.int64(), "file": pa.int64(), "line": pa.int64()}
+
+
+def token_table(paths: Sequence[str], tokenizer: RefragTokenizer) -> pa.Table:
+    """Files of texts as the decoder's tokens, a row of TOKENS each, mapped from a file in the cache that is made if it
+    is missing or damaged."""
+    special, digests = tokenizer.special.pattern, [sha256_file(Path(name)) for name in paths]
+    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special, digests])
+    path = cache_home() / "tokens" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.arrow"
+    with contextlib.suppress(OSError, CorruptError):
+        return open_columns(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(path.with_suffix(".lock"), f"{path}", timeout=3600):  # several processes make it once
+        with contextlib.suppress(OSError, CorruptError):
+            return open_columns(path)
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file, pa.ipc.new_file(file, pa.schema(TOKENS)) as writer:
+            texts = tokenized(paths, tokenizer)
+            while rows := list(itertools.islice(texts, 1024)):
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, pa.schema(TOKENS)))
+        temporary.replace(path)
+        return open_columns(path)
+
+
+def tokenized(paths: Sequence[str], tokenizer: RefragTokenizer) -> Iterator[dict[str, Any]]:
+    """Rows of TOKENS. Raises UserError for ids beyond the decoder's vocabulary, or if there is no text."""
+    tokens, vocabulary = 0, len(tokenizer.decoder)
+    for text in progress(read_training_texts(paths), "tokenising", unit="text"):
+        if isinstance(text.text, list):
+            largest = max(text.text, default=0)
+            require(largest < vocabulary, f"{text.where}: token {largest} is not one of the decoder's {vocabulary}")
+            ids, cuts = text.text, [True] * len(text.text)
+        else:
+            [pieces] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
+            ids, cuts = pieces.ids, cut_allowed(pieces)[:-1]
+        name, _, line = text.where.rpartition(":")
+        tokens += len(ids)
+        yield {"tokens": ids, "cuts": cuts, "context": text.context, "file": list(paths).index(name), "line": int(line)}
+    require(tokens > 0, f"{', '.join(paths)}: no text to train on")
+
+
 def nearest_cut(cuts: np.ndarray, at: int, least: int = 1) -> int:
     """The last place from `least` to `at` where a text may be cut, else the first after it. cuts: see `cut_allowed`."""
     places = itertools.chain(range(at, least - 1, -1), range(at + 1, len(cuts)))
     return next((place for place in places if cuts[place]), at)
 
 
-def split_text(ids: np.ndarray, cuts: np.ndarray, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A text split after s tokens, or near there if that is inside a character: (context, its cuts, what follows)."""
-    s = nearest_cut(cuts[:-1], s)
-    return ids[:s], np.append(cuts[:s], True), ids[s:]
+class Text(NamedTuple):
+    ids: np.ndarray  # (T,)
+    cuts: np.ndarray  # (T + 1,), see `cut_allowed`
+    context: int  # tokens to compress, as the file says; 0 if it does not
+    where: str  # file:line
+
+    def split(self, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Parted after s tokens, or near there if that is inside a character: (context, its cuts, what follows)."""
+        s = nearest_cut(self.cuts[:-1], s)
+        return self.ids[:s], np.append(self.cuts[:s], True), self.ids[s:]
 
 
-class TokenCache:
-    """Training texts as the decoder's tokens, in arrays that may be memory-mapped: see `tokenize_texts`."""
+class Texts:
+    """Training texts in windows of at most `size` tokens; the last one of a text has `least` or more."""
 
-    def __init__(self, columns: dict[str, Tensor], paths: Sequence[str]):
-        self.tokens, self.cuts, self.texts = (columns[name].numpy() for name in ("tokens", "cuts", "texts"))
-        self.paths = paths
-
-    def windows(self, size: int, least: int) -> np.ndarray:
-        """(W, 3) text, first and last token of windows of `size` tokens; the last one of a text has `least` or more."""
-        lengths = self.texts[:, 1] - self.texts[:, 0]
+    def __init__(self, paths: Sequence[str], tokenizer: RefragTokenizer, size: int, least: int):
+        self.paths, self.size, self.table = paths, size, token_table(paths, tokenizer)
+        lengths = pc.list_value_length(self.table["tokens"]).to_numpy().astype(np.int64)
         counts = -(-lengths // size)
         text = np.repeat(np.arange(len(lengths)), counts)
         first = (np.arange(len(text)) - np.repeat(np.cumsum(counts) - counts, counts)) * size
         windows = np.stack([text, first, np.minimum(first + size, lengths[text])], axis=1)
-        return windows[windows[:, 2] - windows[:, 1] >= least]
+        self.windows = windows[windows[:, 2] - windows[:, 1] >= least]  # (W, 3) text, first and last token
 
-    def read(self, window: np.ndarray, tokens: int | None = None,
-             rng: Random | None = None) -> tuple[np.ndarray, np.ndarray, str]:
-        """(ids (T,), cuts (T + 1,), file:line) of a window, or of `tokens` tokens at a random place in it.
+    def __len__(self) -> int:
+        return len(self.windows)
 
-        Both ends move back to where no character is cut, the last one forward if nothing would be left.
-        """
-        text, first, last = window.tolist()
+    def read(self, number: int, tokens: int | None = None, rng: Random | None = None) -> Text:
+        """A window, or `tokens` tokens at a random place in it. Both ends move back to where no character is cut, the
+        last one forward if nothing would be left."""
+        text, first, last = self.windows[number].tolist()
         if tokens is not None and tokens < last - first:
             first += int(rng.integers(0, last - first - tokens + 1))
             last = first + tokens
-        start, end, _, file, line = self.texts[text].tolist()
-        cuts = np.append(self.cuts[start:end], True)
-        first = nearest_cut(cuts, first, 0)
-        last = nearest_cut(cuts, last, first + 1)
-        ids = np.asarray(self.tokens[start + first : start + last], dtype=np.int64)
-        return ids, np.append(cuts[first:last], True), f"{self.paths[file]}:{line}"
+        row = self.table.slice(text, 1)
+        cuts = np.append(row["cuts"][0].values.to_numpy(zero_copy_only=False), True)
+        start = nearest_cut(cuts, first, 0)
+        last = nearest_cut(cuts, last, start + 1)
+        ids = row["tokens"][0].values.to_numpy()[start:last].astype(np.int64)
+        context, file, line = (row[name][0].as_py() for name in ("context", "file", "line"))
+        return Text(ids, np.append(cuts[start:last], True), 0 if first else context, f"{self.paths[file]}:{line}")
 
 
-def cache_tokens(paths: Sequence[str], tokenizer: RefragTokenizer) -> TokenCache:
-    """The tokens of a set of files, mapped from a file in the cache that is made if it is missing or damaged."""
-    special = tokenizer.special.pattern
-    digests = [sha256_file(Path(name)) for name in paths]
-    key = dumps([TOKEN_CACHE_VERSION, tokenizer_fingerprint(tokenizer.decoder), special, digests])
-    path = cache_home() / "tokens" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(path.with_suffix(".lock"), f"{path}", timeout=3600):  # several processes make it once
-        try:
-            columns = load_file(path)
-            intact = torch.equal(columns.pop("sha256"), columns_digest(columns))
-        except (OSError, SafetensorError, KeyError):
-            intact = False
-        if not intact:
-            columns = tokenize_texts(paths, tokenizer)
-            write_atomic(path, save(columns | {"sha256": columns_digest(columns)}))
-    return TokenCache(columns, paths)
-
-
-def columns_digest(columns: dict[str, Tensor]) -> Tensor:
-    digest = hashlib.sha256()
-    for name in ("tokens", "cuts", "texts"):
-        digest.update(columns[name].numpy())
-    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
-
-
-def tokenize_texts(paths: Sequence[str], tokenizer: RefragTokenizer) -> dict[str, Tensor]:
-    """tokens (T,); cuts (T,), whether a cut may be made before each; texts (n, 5): first and last token, tokens of
-    context, file, line. Raises UserError for ids beyond the decoder's vocabulary."""
-    tokens, cuts, texts, first, vocabulary = [], [], [], 0, len(tokenizer.decoder)
-    for text in progress(read_training_texts(paths), "tokenising", unit="text"):
-        if isinstance(text.text, list):
-            ids, largest = np.asarray(text.text, dtype=np.int64), max(text.text, default=0)
-            require(largest < vocabulary, f"{text.where}: token {largest} is not one of the decoder's {vocabulary}")
-            cuts.append(np.ones(len(ids), dtype=bool))
-        else:
-            [pieces] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
-            ids = pieces.ids
-            cuts.append(cut_allowed(pieces)[:-1])
-        name, _, line = text.where.rpartition(":")
-        texts.append((first, first + len(ids), text.context, list(paths).index(name), int(line)))
-        tokens.append(ids.astype(np.int32))
-        first += len(ids)
-    require(first > 0, f"{', '.join(paths)}: no text to train on")
-    return {"tokens": torch.from_numpy(np.concatenate(tokens)), "cuts": torch.from_numpy(np.concatenate(cuts)),
-            "texts": torch.as_tensor(texts)}
+# -- lessons ------------------------------------------------------------------------
+#    A lesson makes an item of a text or question (its number), k and a generator, at a progress in [0, 1); the
+#    evaluation passes 1.
 
 
 class Item(NamedTuple):
     sequence: TrainingSequence
-    teacher: TrainingSequence | None  # what the teacher reads
     where: str  # file:line, or the question
-    rows: tuple[int, ...] = ()  # of the index, if it reads passages
+    sources: tuple[int, ...] = ()  # of several passages: texts, or rows of the index
+    teacher: TrainingSequence | None = None  # what the teacher reads
+    weight: float = 1.0  # of each of its labels
 
     @property
     def positions(self) -> int:
@@ -3673,44 +3804,50 @@ def reconstruction(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: 
     return continue_plan(np.append(all_vectors(encoder, content), mark), ids, content)
 
 
-class TextLessons:
-    """What a phase learns from windows of at most --seq_tokens tokens of texts.
+def curriculum_lengths(size: int, k: int) -> list[int]:
+    """Text lengths, in chunks, that fit so many tokens: 1, 2, 4, .."""
+    return [2**n for n in range(int(math.log2(size // k)) + 1)]
 
-    Subclasses make an item of a window with one of `ks`, at a `progress` in [0, 1); the evaluation passes 1.
-    """
 
-    beyond = 0  # tokens that a window needs beyond one chunk
+def recon(texts: Texts, number: int, k: int, rng: Random, progress: float, *, encoder: ChunkEncoder,
+          curriculum: str) -> Item:
+    """Reconstruction: all vectors of a text, then the text; short texts first."""
+    lengths = curriculum_lengths(texts.size, k)
+    chunks = int(rng.choice(lengths, p=curriculum_weights(progress, len(lengths), curriculum)))
+    text = texts.read(number, None if curriculum == "none" else chunks * k, rng)
+    return Item(reconstruction(encoder, text.ids, text.cuts, k), text.where)
 
-    def __init__(self, encoder: ChunkEncoder, texts: TextConfig, train: TrainConfig, options: Any = None):
-        self.encoder, self.tokenizer, self.train, self.options = encoder, encoder.tokenizer, train, options
-        self.cache, self.windows = self.load(texts.train_json)
-        short = len(self.cache.texts) - len(np.unique(self.windows[:, 0]))
-        if short:
-            notice(f"{short:,} texts of fewer than {min(train.k) + self.beyond} tokens are left out")
-        self.held_out_cache, held_out = self.load(texts.eval_json) if texts.eval_json else (None, [])
-        self.held_out = sample_evenly(held_out, train.eval_limit)
 
-    def load(self, paths: Sequence[str]) -> tuple[TokenCache, np.ndarray]:
-        """The texts of some files and their windows. Raises UserError if every text is too short."""
-        size, k = self.train.seq_tokens, min(self.train.k)
-        least = k + self.beyond
-        require(size >= least, f"--seq_tokens {size} leaves nothing beyond one chunk of --k {k}: give {least} or more")
-        cache = cache_tokens(paths, self.tokenizer)
-        windows = cache.windows(size, least)
-        require(len(windows) > 0, f"{', '.join(paths)}: every text is shorter than {least} tokens, which --k {k} "
-                "needs: give longer texts or a smaller --k")
-        return cache, windows
+def recon_exam(texts: Texts, numbers: Iterable[int], ks: Iterable[int],
+               encoder: ChunkEncoder) -> dict[str, list[Item]]:
+    """Held-out texts, by k and by the lengths of the curriculum."""
+    exam: dict[str, list[Item]] = {}
+    for k, chunks in [(each, length) for each in ks for length in curriculum_lengths(texts.size, each)]:
+        rng = np.random.default_rng([k, chunks])
+        for number in numbers:
+            if np.diff(texts.windows[number, 1:]) >= chunks * k:
+                text = texts.read(number, chunks * k, rng)
+                item = Item(reconstruction(encoder, text.ids, text.cuts, k), text.where)
+                exam.setdefault(f"k{k}/{chunks}", []).append(item)
+    return exam
 
-    def __len__(self) -> int:
-        return len(self.windows)
 
-    def draw(self, number: int, rng: Random, progress: float) -> Item:
-        return self.item(self.cache, self.windows[number], self.train.k, rng, progress)
-
-    def exam(self) -> dict[str, list[Item]]:
-        """The held-out items by name, always the same."""
-        return {f"k{k}": [self.item(self.held_out_cache, window, (k,), np.random.default_rng([0, i]), 1.0)
-                          for i, window in enumerate(self.held_out)] for k in self.train.k if len(self.held_out)}
+def following(texts: Texts, number: int, k: int, rng: Random, progress: float, *, encoder: ChunkEncoder,
+              recon_frac: float, expand_frac: float) -> Item:
+    """The next paragraph from compressed context; some texts are reconstructed instead, and some chunks stay text."""
+    text, training = texts.read(number), progress < 1  # the evaluation asks only for what follows all vectors
+    s = text.context if 0 < text.context < len(text.ids) else round(len(text.ids) / 2)
+    context, cuts, rest = text.split(min(max(s, 1), len(text.ids) - 1))
+    if rng.random() < recon_frac and training:
+        return Item(reconstruction(encoder, context, cuts, k), text.where)
+    content = encoder.content_of_tokens(context, cuts, k)
+    # each text draws its own share, uniform around the mean
+    share = rng.uniform(max(0.0, 2 * expand_frac - 1), min(1.0, 2 * expand_frac)) if training else 0.0
+    opened = rng.random(len(content.chunks)) < share
+    parts = [chunk if opened[c] or not len(chunk) else np.asarray([-c - 1])  # see `all_vectors`
+             for c, chunk in enumerate(content.chunks)]
+    start = opening(encoder.tokenizer.decoder)
+    return Item(continue_plan(np.concatenate([start, *parts]), rest, content), text.where)
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -3720,90 +3857,25 @@ def anchor_ends(tokenizer: RefragTokenizer, text: str) -> list[int]:
     return [encoder.ends[anchor.i] for anchor in cost_anchors(encoder, decoder) if anchor.cost <= MAX_COST]
 
 
-class AlignLessons(TextLessons):
-    """The teacher reads tokens, the model the vectors of the spans between anchors; both predict at the anchors."""
-
-    beyond = 1
-
-    def content(self, ids: np.ndarray, cuts: np.ndarray, k: int) -> Content:
-        """A text cut into chunks that end at anchors."""
-        if self.tokenizer.encoder is self.tokenizer.decoder:  # every token is an anchor
-            return self.encoder.content_of_tokens(ids, cuts, k)
-        text = self.tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
-        [cut], anchors = self.tokenizer.cut([text], k), np.asarray([0, *anchor_ends(self.tokenizer, text)])
-        snapped = np.unique(anchors[np.searchsorted(anchors, cut.ends[:-1], side="right") - 1])
-        return self.encoder.content_of_text(text, cut._replace(ends=np.append(snapped[snapped > 0], len(text))))
-
-    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: Random, progress: float) -> Item:
-        ids, cuts, where = cache.read(window)
-        several = [k for k in ks if k < len(ids)] or [min(ks)]  # one chunk alone has no next token
-        content = self.content(ids, cuts, int(rng.choice(several)))
-        plan = all_vectors(self.encoder, content)
-        following = [*(chunk[0] for chunk in content.chunks[1:]), -1]
-        labels = np.append(np.full(len(plan) - len(following), -1), following)
-        sequence = TrainingSequence(plan, labels, content)
-        return Item(sequence, with_text(sequence), where)
+def anchored_content(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: int) -> Content:
+    """A text cut into chunks that end at anchors."""
+    tokenizer = encoder.tokenizer
+    if tokenizer.encoder is tokenizer.decoder:  # every token is an anchor
+        return encoder.content_of_tokens(ids, cuts, k)
+    text = tokenizer.decoder.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+    [cut], anchors = tokenizer.cut([text], k), np.asarray([0, *anchor_ends(tokenizer, text)])
+    snapped = np.unique(anchors[np.searchsorted(anchors, cut.ends[:-1], side="right") - 1])
+    return encoder.content_of_text(text, cut._replace(ends=np.append(snapped[snapped > 0], len(text))))
 
 
-class ReconLessons(TextLessons):
-    """Reconstruction: all vectors of a text, then the text; short texts first."""
-
-    def lengths(self, k: int) -> list[int]:
-        """Text lengths, in chunks, that fit --seq_tokens: 1, 2, 4, .."""
-        return [2**n for n in range(int(math.log2(self.train.seq_tokens // k)) + 1)]
-
-    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: Random, progress: float) -> Item:
-        k, curriculum = int(rng.choice(ks)), self.options.curriculum
-        lengths = self.lengths(k)
-        chunks = int(rng.choice(lengths, p=curriculum_weights(progress, len(lengths), curriculum)))
-        ids, cuts, where = cache.read(window, None if curriculum == "none" else chunks * k, rng)
-        return Item(reconstruction(self.encoder, ids, cuts, k), None, where)
-
-    def exam(self) -> dict[str, list[Item]]:
-        exam: dict[str, list[Item]] = {}
-        for k in self.train.k:
-            for chunks in self.lengths(k):
-                rng, long = np.random.default_rng([k, chunks]), [w for w in self.held_out if w[2] - w[1] >= chunks * k]
-                for ids, cuts, where in (self.held_out_cache.read(window, chunks * k, rng) for window in long):
-                    item = Item(reconstruction(self.encoder, ids, cuts, k), None, where)
-                    exam.setdefault(f"k{k}/{chunks}", []).append(item)
-        return exam
-
-
-class NextLessons(TextLessons):
-    """The next paragraph from compressed context; some texts are reconstructed instead, and some chunks stay text."""
-
-    beyond = 1
-
-    def item(self, cache: TokenCache, window: np.ndarray, ks: Sequence[int], rng: Random, progress: float) -> Item:
-        k, training = int(rng.choice(ks)), progress < 1  # the evaluation asks only for what follows all vectors
-        ids, cuts, where = cache.read(window)
-        declared = int(cache.texts[window[0], 2]) if window[1] == 0 else 0  # by the file, else half of the text
-        s = declared if 0 < declared < len(ids) else round(len(ids) / 2)
-        context, cuts, following = split_text(ids, cuts, min(max(s, 1), len(ids) - 1))
-        if rng.random() < self.options.recon_frac and training:
-            sequence = reconstruction(self.encoder, context, cuts, k)
-        else:
-            content = self.encoder.content_of_tokens(context, cuts, k)
-            mean = self.options.expand_frac  # each text draws its own share, uniform around this mean
-            share = rng.uniform(max(0.0, 2 * mean - 1), min(1.0, 2 * mean)) if training else 0.0
-            opened = rng.random(len(content.chunks)) < share
-            parts = [chunk if opened[c] or not len(chunk) else np.asarray([-c - 1])  # see `all_vectors`
-                     for c, chunk in enumerate(content.chunks)]
-            sequence = continue_plan(np.concatenate([opening(self.tokenizer.decoder), *parts]), following, content)
-        return Item(sequence, with_text(sequence) if self.options.distill else None, where)
-
-
-def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dict[str, Any]]:
-    """At most `limit` of a file's questions that have an answer, evenly spread."""
-    return labelled(read_question_file(name, flag, ("answers",)), "answers", limit, f"{flag} {name}")
-
-
-def sentence_with(answer: str, text: str, question: str) -> str | None:
-    """The sentence of a text that holds an answer; of several, the one with most of the question's words."""
-    held = [sentence for sentence in SENTENCE_GAP.split(text) if answer.casefold() in sentence.casefold()]
-    asked = set(index_terms(question))
-    return max(held, key=lambda sentence: len(asked.intersection(index_terms(sentence))), default=None)
+def align(texts: Texts, number: int, k: int, rng: Random, progress: float, *, encoder: ChunkEncoder) -> Item:
+    """The vectors of the spans between anchors: the model should expect after each what the teacher does after its
+    tokens. (One chunk alone has no next token, so nothing is asked.)"""
+    text = texts.read(number)
+    content = anchored_content(encoder, text.ids, text.cuts, k)
+    plan = all_vectors(encoder, content)
+    after = [*(chunk[0] for chunk in content.chunks[1:]), -1]
+    return Item(TrainingSequence(plan, np.append(np.full(len(plan) - len(after), -1), after), content), text.where)
 
 
 class Asked(NamedTuple):
@@ -3818,58 +3890,102 @@ class Asked(NamedTuple):
         return continue_plan(mixed_plan(self.context.prompt, expanded, feed), self.target, self.content)
 
 
-class AnswerPrompts:
-    """Asks questions over passages of an index, which have at most seq_tokens tokens together."""
+def ask(encoder: ChunkEncoder, question: str, passages: dict[int, str], gold: int | None, answer: str, k: int,
+        seq_tokens: int) -> Asked:
+    """A question over passages {row: content}, best first, whose answer cites the row `gold`.
 
-    def __init__(self, encoder: ChunkEncoder, index: Index, seq_tokens: int):
-        self.encoder, self.tokenizer, self.index, self.seq_tokens = encoder, encoder.tokenizer, index, seq_tokens
-        end = self.tokenizer.decoder.eos_token_id
-        require(end is not None, "the decoder's tokenizer has no end token, so it cannot learn to stop: set one")
-        self.end = np.asarray([end])
-
-    def ask(self, question: str, shown: list[int], gold: int | None, answer: str, k: int) -> Asked:
-        """A question over the passages of some rows; the answer cites the row `gold`, which is never left out."""
-        contents = [self.tokenizer.neutralize(self.index[row].content) for row in shown]
-        docs = make_docs(contents, shown, k, self.tokenizer, fit=self.seq_tokens, keep=gold)
-        context = make_context(self.tokenizer, question, docs)
-        label = "".join(f" [{doc.label}]" for doc in docs if doc.row == gold)
-        ids = self.tokenizer.decoder(self.tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
-        chunks = [context.prompt.input_ids[c.first : c.last] for c in context.prompt.chunks]
-        contents = [doc.content for doc in docs]
-        inputs = self.encoder.inputs(contents, self.tokenizer.cut(contents, k))
-        return Asked(context, Content(chunks, inputs), np.concatenate([ids, self.end]))
+    The last ones are left out until they have seq_tokens tokens together, but never that of `gold`. Raises UserError.
+    """
+    tokenizer, end = encoder.tokenizer, encoder.tokenizer.decoder.eos_token_id
+    require(end is not None, "the decoder's tokenizer has no end token, so it cannot learn to stop: set one")
+    contents = [tokenizer.neutralize(content) for content in passages.values()]
+    kept = list(zip(passages, contents, tokenizer.cut(contents, k), strict=True))
+    while len(kept) > 1 and sum(int(cut.sizes.sum()) for _, _, cut in kept) > seq_tokens:
+        kept.pop(max(place for place, (row, _, _) in enumerate(kept) if row != gold))
+    docs = [Doc(str(n), content, ChunkTable(*cut[1:]), row) for n, (row, content, cut) in enumerate(kept, start=1)]
+    prompt = (context := make_context(tokenizer, question, docs)).prompt
+    label = "".join(f" [{doc.label}]" for doc in docs if doc.row == gold)
+    ids = tokenizer.decoder(tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
+    chunks = [prompt.input_ids[chunk.first : chunk.last] for chunk in prompt.chunks]
+    rows = encoder.inputs([doc.content for doc in docs], [cut for _, _, cut in kept])
+    return Asked(context, Content(chunks, rows), np.asarray([*ids, end]))
 
 
-class AnswerLessons:
-    """What `sft` learns from: questions on retrieved passages. Only the answer counts in the loss."""
+def blank_out(text: str, rng: Random) -> tuple[str, str] | None:
+    """A sentence of a text with a name or number left out, and what is missing; None if there is none.
 
-    def __init__(self, encoder: ChunkEncoder, train: TrainConfig, sft: SftConfig, searcher: Searcher,
-                 search: SearchConfig, gate: QueryGate | None = None):
-        self.train, self.sft, self.index, self.topk, self.gate = train, sft, searcher.index, search.topk, gate
-        self.prompts = AnswerPrompts(encoder, searcher.index, train.seq_tokens)
-        files = (sft.rag_json, "--rag_json", sft.limit), (sft.eval_json, "--eval_json", train.eval_limit)
+    Example: "Rain fell. The tower by Eiffel is old." -> ("The tower by ____ is old.", "Eiffel")
+    """
+    places = [(sentence, match) for sentence in SENTENCE_GAP.split(text) if len(sentence) <= LONGEST_BLANKED
+              for match in BLANKABLE.finditer(sentence) if sentence.count(match[0]) == 1]
+    if not places:
+        return None
+    sentence, match = places[int(rng.integers(len(places)))]
+    return f"{sentence[: match.start()]}____{sentence[match.end() :]}", match[0]
+
+
+def cloze(texts: Texts, number: int, k: int, rng: Random, progress: float, *, encoder: ChunkEncoder,
+          p: Sequence[float], topk: int, seq_tokens: int) -> Item:
+    """A name or number in a sentence of one of several passages is to be filled in: windows of texts, of which one or
+    two come from near the right one. Without any, nothing is asked."""
+    share = float(rng.choice(p)) if progress < 1 else 0.0
+    near = [n for n in (number - 1, number + 1) if 0 <= n < len(texts)]
+    drawn = [*rng.permutation(near), *rng.integers(0, len(texts), topk)][: int(rng.integers(0, topk))]
+    others = [int(n) for n in dict.fromkeys(drawn) if n != number]
+    others.insert(int(rng.integers(0, len(others) + 1)), number)
+    read, decoder = {n: texts.read(n) for n in others}, encoder.tokenizer.decoder
+    passages = {n: decoder.decode(text.ids.tolist(), clean_up_tokenization_spaces=False).strip()
+                for n, text in read.items()}
+    found = blank_out(passages[number], rng)
+    if found is None:
+        return Item(TrainingSequence(opening(decoder), np.asarray([-1]), Content([], [])), read[number].where)
+    asked = ask(encoder, FILL_IN + found[0], passages, number, found[1], k, seq_tokens)
+    prompt = asked.context.prompt
+    sequence = asked.answered(select_chunks(rng.random(len(prompt.chunks)), prompt.sizes, share))
+    return Item(sequence, read[number].where, tuple(doc.row for doc in asked.context.docs))
+
+
+def read_answered_questions(name: str, flag: str, limit: int | None) -> list[dict[str, Any]]:
+    """At most `limit` of a file's questions that have an answer, evenly spread."""
+    return labelled(read_question_file(name, flag, ("answers",)), "answers", limit, f"{flag} {name}")
+
+
+def sentence_with(answer: str, text: str, question: str) -> str | None:
+    """The sentence of a text that holds an answer; of several, the one with most of the question's words."""
+    held = [sentence for sentence in SENTENCE_GAP.split(text) if answer.casefold() in sentence.casefold()]
+    asked = set(index_terms(question))
+    return max(held, key=lambda sentence: len(asked.intersection(index_terms(sentence))), default=None)
+
+
+class Questions:
+    """Lessons of questions on retrieved passages. Only the answer counts in the loss."""
+
+    def __init__(self, encoder: ChunkEncoder, train: TrainConfig, options: AnswersConfig, searcher: Searcher,
+                 search: SearchConfig, files: dict[str, str | None], gate: QueryGate | None = None):
+        """files: of the questions and of the held-out ones, by their flags."""
+        self.encoder, self.train, self.options, self.gate = encoder, train, options, gate
+        self.index, self.topk = searcher.index, search.topk
         self.questions, self.held_out = (
-            retrieve_all(read_answered_questions(*file), searcher, search) if file[0] else [] for file in files)
+            retrieve_all(read_answered_questions(file, flag, limit), searcher, search) if file else []
+            for (flag, file), limit in zip(files.items(), (options.limit, train.eval_limit), strict=True))
 
-    def __len__(self) -> int:
-        return len(self.questions)
-
-    def draw(self, number: int, rng: Random, progress: float) -> Item:
-        return self.item(self.questions[number], rng, float(rng.choice(self.sft.p)), int(rng.choice(self.train.k)),
-                         bool(rng.random() < self.sft.no_answer_frac), self.sft.quote_frac)
+    def draw(self, number: int, k: int, rng: Random, progress: float) -> Item:
+        p, taken_away = float(rng.choice(self.options.p)), bool(rng.random() < self.options.no_answer_frac)
+        return self.item(self.questions[number], rng, p, k, taken_away, self.options)
 
     def exam(self) -> dict[str, list[Item]]:
         return {f"k{k}/p{p:g}": [self.item(found, np.random.default_rng([0, i]), p, k)
                                  for i, found in enumerate(self.held_out)]
-                for k in self.train.k for p in self.sft.p if self.held_out}
+                for k in dict.fromkeys(self.train.k) for p in dict.fromkeys(self.options.p) if self.held_out}
 
     def item(self, found: Retrieved, rng: Random, p: float, k: int, taken_away: bool = False,
-             quote_frac: float = 0.0) -> Item:
-        """A question with its passages. taken_away: without those that hold an answer."""
+             vary: AnswersConfig | None = None) -> Item:
+        """A question with its passages. taken_away: without those that hold an answer; vary: also ask for sentences,
+        or leave vectors out, by its shares."""
         item, rows, _ = found
         question, right, most = item["question"], right_rows(self.index, item, rows), self.topk
-        if self.sft.topk_min is not None:
-            most = int(rng.integers(self.sft.topk_min, most + 1))
+        if self.options.topk_min is not None:
+            most = int(rng.integers(self.options.topk_min, most + 1))
         others = [row for row in rows if row not in set(right)]
         if taken_away or not right:
             gold, answer = None, NO_ANSWER
@@ -3880,17 +3996,19 @@ class AnswerLessons:
             if gold not in shown:  # retrieval missed it, or few are shown: somewhere among the others
                 shown = shown[: most - 1]
                 shown.insert(int(rng.integers(0, len(shown) + 1)), gold)
-            if quote_frac and rng.random() < quote_frac:
+            if vary and vary.quote_frac and rng.random() < vary.quote_frac:
                 sentence = sentence_with(answer, self.index[gold].text, question)
                 question, answer = (question, answer) if sentence is None else (QUOTE + question, sentence)
-        asked = self.prompts.ask(question, shown, gold, answer, k)
-        sequence = asked.answered(self.text_chunks(found, asked.context, p, k, rng))
-        return Item(sequence, with_text(sequence) if self.sft.distill else None, f"question {item['id']}",
+        passages = {row: self.index[row].content for row in shown}
+        asked = ask(self.encoder, question, passages, gold, answer, k, self.train.seq_tokens)
+        expanded = self.text_chunks(found, asked.context, p, k, rng)
+        text_alone = vary and vary.expanded_only_frac and 0 < p < 1 and rng.random() < vary.expanded_only_frac
+        return Item(asked.answered(expanded, feed=not text_alone), f"question {item['id']}",
                     tuple(doc.row for doc in asked.context.docs))
 
     def text_chunks(self, found: Retrieved, context: Context, p: float, k: int, rng: Random) -> np.ndarray:
         """(L,) bool, the chunks that stay text: the gate's best ones, as in use, or random ones."""
-        gated = rng.random() < self.sft.gate_frac and 0 < p < 1 and context.docs
+        gated = rng.random() < self.options.gate_frac and 0 < p < 1 and context.docs
         scores = self.gate_scores(found, context.docs, k) if gated else rng.random(len(context.prompt.chunks))
         return select_chunks(scores, context.prompt.sizes, p)
 
@@ -3952,75 +4070,161 @@ def retrieve_all(questions: list[dict[str, Any]], searcher: Searcher, search: Se
     return found
 
 
-Lessons = TextLessons | AnswerLessons
+class Kind(NamedTuple):
+    """Lessons of a kind: how many, what makes one of (number, k, rng, progress), and the held-out ones by name."""
+    count: int
+    make: Callable[[int, int, Random, float], Item]
+    exam: dict[str, list[Item]]
 
 
-class Sampler:
-    """Draws the items of each step, in an order that depends only on the seed, and groups them into passes.
+def text_kinds(names: Sequence[str], given: dict[type, Any], encoder: ChunkEncoder) -> dict[str, Kind]:
+    """Lessons over texts. given: options by class. Raises UserError if every text is too short."""
+    train, after, answers, mix = (given.get(cls) for cls in (TrainConfig, NextConfig, AnswersConfig, MixConfig))
+    files, ks, size = mix or given[TextConfig], sorted(set(train.k)), mix.text_tokens if mix else train.seq_tokens
+    least = min(ks) + (list(names) != ["recon"])  # the others ask for a token beyond the first chunk
+    flag = "--text_tokens" if mix else "--seq_tokens"
+    require(size >= least, f"{flag} {size} leaves nothing beyond one chunk of --k {min(ks)}: give {least} or more")
+    makers = {"recon": functools.partial(recon, curriculum=given[ReconConfig].curriculum),
+              "next": functools.partial(following, recon_frac=after.recon_frac, expand_frac=after.expand_frac),
+              "cloze": functools.partial(cloze, p=answers.p, topk=given[SearchConfig].topk,
+                                         seq_tokens=train.seq_tokens),
+              "align": align}
+    sources = []
+    for paths in filter(None, (files.train_json, files.eval_json)):
+        sources.append(texts := Texts(paths, encoder.tokenizer, size, least))
+        require(len(texts) > 0, f"{', '.join(paths)}: every text is shorter than {least} tokens, which --k {min(ks)} "
+                "needs: give longer texts or a smaller --k")
+        if short := len(texts.table) - len(np.unique(texts.windows[:, 0])):
+            notice(f"{short:,} texts of fewer than {least} tokens are left out")
+    kinds = {}
+    for name in names:
+        make, exam = functools.partial(makers[name], encoder=encoder), {}
+        for held_out in sources[1:]:
+            numbers = sample_evenly(range(len(held_out)), train.eval_limit)
+            exam = recon_exam(held_out, numbers, ks, encoder) if name == "recon" else {
+                f"k{k}": [make(held_out, number, k, np.random.default_rng([0, i]), 1.0)
+                          for i, number in enumerate(numbers)] for k in ks}
+        kinds[name] = Kind(len(sources[0]), functools.partial(make, sources[0]), exam)
+    return kinds
 
-    A step has about batch_size * seq_tokens positions (its cost) for each process and each of grad_accum. Draw n is
-    item permutation(epoch)[n % len] with a generator of its own: a run continues from `drawn`, and several processes
-    see what one would.
+
+def blended(start: dict[str, float], end: dict[str, float], progress: float) -> dict[str, float]:
+    """The share of each kind at a point of the run, from `start` to `end` in a straight line. progress: range [0, 1).
+
+    Example: {"recon": 1}, {"recon": 1, "qa": 1}, .5 -> {"recon": .75, "qa": .25}
+    """
+    first, last = ({name: share / sum(side.values()) for name, share in side.items()} for side in (start, end))
+    return {name: (1 - progress) * first.get(name, 0.0) + progress * last.get(name, 0.0) for name in {**first, **last}}
+
+
+class Pass(NamedTuple):
+    """What one process reads at once."""
+    batch: Batch
+    teacher: Batch | None  # what the teacher reads
+    weights: Tensor  # (N,) of the labels
+    places: list[str]  # files' lines and questions
+
+
+class Step(NamedTuple):
+    passes: list[Pass]
+    asked: float  # the weights of all labels, in all processes
+    tokens: int  # in all processes
+
+
+class Steps:
+    """The batches of each optimizer step, a data set for data workers; they depend on the step and the seed alone.
+
+    A step has about batch_size * seq_tokens positions (its cost) for each process and each of grad_accum, and at least
+    one item. Its items are drawn with generators of their own, each its kind, text or question, and k. Every process
+    draws all items and reads its share: several see what one would.
     """
 
-    def __init__(self, lessons: Lessons, train: TrainConfig, processes: int, pass_cost: int, seed: int):
-        self.lessons, self.steps, self.seed = lessons, train.steps, seed
-        self.processes, self.pass_cost = processes, pass_cost
-        self.least = train.grad_accum * processes  # items of a step
-        self.pass_positions = train.batch_size * train.seq_tokens
-        self.drawn, self.epoch, self.order = 0, -1, np.zeros(0)
+    def __init__(self, kinds: dict[str, Kind], shares: Sequence[dict[str, float]], train: TrainConfig, *,
+                 teaches: bool, window: int | None, processes: int = 1, process: int = 0, seed: int = 0):
+        """shares: of the kinds, at the start and at the end."""
+        self.kinds, self.shares, self.train, self.teaches, self.seed = kinds, shares, train, teaches, seed
+        self.window, self.processes, self.process = window, processes, process
+        self.positions = train.batch_size * train.seq_tokens  # of a pass
+        self.clock = torch.zeros(()).share_memory_()  # the run's progress with --seconds, for workers to read
 
-    def draw(self, step: int) -> Item:
-        epoch, place = divmod(self.drawn, len(self.lessons))
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))
-        rng = np.random.default_rng([self.seed, 1, self.drawn])
-        self.drawn += 1
-        return self.lessons.draw(int(self.order[place]), rng, step / self.steps)
+    def draw(self, step: int, number: int) -> Item:
+        rng = np.random.default_rng([self.seed, 1, step, number])
+        progress = self.clock.item() if self.train.seconds else step / self.train.steps
+        shares = blended(*self.shares, progress)
+        name = str(rng.choice(list(shares), p=list(shares.values()))) if len(shares) > 1 else next(iter(shares))
+        count, make, _ = self.kinds[name]
+        item = make(int(rng.integers(count)), int(rng.choice(self.train.k)), rng, progress)
+        return item._replace(teacher=with_text(item.sequence) if self.teaches else None,
+                             weight=LABEL_WEIGHTS[name] if len(shares) > 1 else 1.0)
 
-    def step(self, step: int) -> list[list[Item]]:
-        """The items of each pass of a step, for all processes."""
-        items: list[Item] = []
-        empty, positions = 0, self.least * self.pass_positions
-        while len(items) < self.least or sum(item.positions for item in items) < positions:
-            item = self.draw(step)
-            if item.sequence.asked:
-                items.append(item)
-                continue
-            empty += 1  # a text of one chunk has nothing to align
-            require(empty <= 2 * len(self.lessons) + 100, f"{item.where} and the other texts leave nothing to predict: "
+    def items(self, step: int) -> list[Item]:
+        """The items of a step, for all processes. Raises UserError if nothing is asked."""
+        found, least = [], self.train.grad_accum * self.processes
+        for number in itertools.count():
+            if len(found) >= least and sum(item.positions for item in found) >= least * self.positions:
+                return found
+            item = self.draw(step, number)
+            if item.sequence.asked:  # a text of one chunk has nothing to align, one without names no blank
+                found.append(item)
+            require(len(found) > 0 or number < 1000, f"{item.where} and the other texts leave nothing to predict: "
                     "give longer texts or a smaller --k")
-        items.sort(key=lambda item: -item.positions)
-        return group_by_length(items, self.processes, self.pass_positions, self.pass_cost)
 
-    def run(self, step: int) -> Iterator[tuple[list[list[Item]], int]]:
-        """The passes of each step from `step` on, and the draws so far. A thread prepares the next step."""
-        with ThreadPoolExecutor(1) as worker:
-            ahead = worker.submit(self.step, step)
-            for number in range(step + 1, self.steps + 1):
-                ready = ahead.result(), self.drawn
-                if number < self.steps:
-                    ahead = worker.submit(self.step, number)
+    def __getitem__(self, step: int) -> Step | RefragError:
+        """A failure is returned: what a worker raises would reach the user as a traceback."""
+        try:
+            items = self.items(step)
+            passes = share_out(items, self.processes, self.positions)
+            asked = sum(item.weight * item.sequence.asked for item in items)
+            return Step([self.laid(one[self.process :: self.processes]) for one in passes], asked,
+                        sum(item.tokens for item in items))
+        except RefragError as error:
+            return error
+
+    def laid(self, items: list[Item]) -> Pass:
+        weights = np.repeat([item.weight for item in items], [item.sequence.asked for item in items])
+        batch, teacher = (checked_batch(side, self.window) if side else None for side in (
+            [item.sequence for item in items], [item.teacher for item in items if item.teacher]))
+        return Pass(batch, teacher, torch.from_numpy(weights).float(), [item.where for item in items])
+
+    def run(self, step: int, device: torch.device) -> Iterator[Step]:
+        """The steps from `step` on. A thread prepares the next one, or waits for the workers that do."""
+        numbers = itertools.count(step) if self.train.seconds else range(step, self.train.steps)
+        workers, own = self.train.workers, {}
+        if workers is None:
+            workers = min(os.cpu_count() // self.processes, 12) if device.type == "cuda" else 0
+        if workers:
+            own = {"multiprocessing_context": "fork", "worker_init_fn": begin_worker, "prefetch_factor": 4}
+        made = iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=numbers, collate_fn=lambda step: step,
+                                                num_workers=workers, pin_memory=device.type == "cuda", **own))
+        with ThreadPoolExecutor(1) as thread:
+            ahead = thread.submit(next, made, None)
+            while (ready := ahead.result()) is not None:
+                if isinstance(ready, RefragError):
+                    raise ready
+                ahead = thread.submit(next, made, None)
                 yield ready
 
 
-def group_by_length(items: list[Item], processes: int, positions: int, pass_cost: int) -> list[list[Item]]:
-    """Items, the longest first, in passes of similar length; process i takes [i::processes] of each.
+def begin_worker(worker: int) -> None:
+    """Ctrl-C is for the process that trains: its workers go when it does. Of tokenizers' threads a fork has none, and
+    would wait for them."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
-    A pass ends when its items, padded to the longest, fill `positions`, or its padding exceeds pass_cost, so that
-    another pass is faster; both are positions per process.
+
+def share_out(items: list[Item], processes: int, positions: int) -> list[list[Item]]:
+    """Items in passes of about as many positions each, `positions` or more a process, which takes [i::processes].
+
+    The longest come first, each to the pass that has the fewest positions. Every process has a part in every pass.
     """
-    passes, at, last = [], 0, len(items) // processes * processes
-    while at < last:
-        longest, padding, end = items[at].positions, 0.0, at
-        while end < last and (end - at) // processes * longest < positions:
-            padding += sum(longest - item.positions for item in items[end : end + processes]) / processes
-            if padding > pass_cost and end > at:
-                break
-            end += processes
-        passes.append(items[at:end])
-        at = end
-    passes[-1] += items[last:]  # so that every process has a part in each pass
+    count = min(sum(item.positions for item in items) // (positions * processes), len(items) // processes)
+    passes: list[list[Item]] = [[] for _ in range(max(count, 1))]
+    filled = [0] * len(passes)
+    for group in batched(sorted(items, key=lambda item: -item.positions), processes):
+        least = filled.index(min(filled))
+        passes[least] += group
+        filled[least] += sum(item.positions for item in group)
     return passes
 
 
@@ -4028,20 +4232,20 @@ def group_by_length(items: list[Item], processes: int, positions: int, pass_cost
 
 
 def with_defaults(phase: str, train: TrainConfig) -> TrainConfig:
-    letters, lr = PHASE_DEFAULTS[phase]
-    letters, lr = train.train or letters, train.lr or (LORA_LR if train.lora_r else lr)
+    letters, lr = train.train or PHASES[phase].train, train.lr or (LORA_LR if train.lora_r else PHASES[phase].lr)
     require(not train.lora_r or "d" in letters, f"--lora_r needs the decoder in --train, got {letters}")
-    return dataclasses.replace(train, train=letters, lr=lr, projector_lr=train.projector_lr or lr)
+    return dataclasses.replace(train, train=letters, lr=lr, projector_lr=train.projector_lr or lr,
+                               encoder_lr=train.encoder_lr or lr)
 
 
-def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over a share of the steps, then a cosine to zero. Range (0, 1].
+def learning_rate_factor(step: float, steps: float, warmup: float) -> float:
+    """Linear warm-up over a share of the steps (or seconds), then a cosine to zero. Range (0, 1].
 
     Example: 10 steps, warmup .2: .5, 1, 1, .96, ..
     """
     rise = max(1, round(steps * warmup)) if warmup else 0
     if step < rise:
-        return (step + 1) / rise
+        return min((step + 1) / rise, 1.0)
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
 
 
@@ -4069,48 +4273,48 @@ def mark_trained(model: RefragModel, letters: str, rank: int) -> None:
 
 
 def parameter_groups(model: RefragModel, train: TrainConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: the projector has its own learning rate, and only matrices decay."""
+    """AdamW's groups: projector and encoder have learning rates of their own, and only matrices decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            lr = train.projector_lr if name.startswith("projector.") else train.lr
+            lr = {"projector": train.projector_lr, "encoder": train.encoder_lr}.get(name.partition(".")[0], train.lr)
             groups.setdefault((lr, train.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
     return [{"params": params, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
 
-def loss_terms(output: Output, labels: Tensor, teacher: Tensor | None, weights: dict[str, float]) -> dict[str, Tensor]:
-    """Each term that has a weight, before weighting, summed over the N asked positions.
+def loss_terms(output: Output, labels: Tensor, teacher: Tensor | None, weights: dict[str, float],
+               each: Tensor) -> dict[str, Tensor]:
+    """The terms that have a weight, before weighting, summed over the N asked positions, which count by `each` (N,).
 
     output.logits: (N, V); labels: (N,); teacher: (N, V) or None.
     """
-    logits, cross_entropy = output.logits.float(), functools.partial(nn.functional.cross_entropy, reduction="sum")
-    terms = {"text": cross_entropy(logits, labels)} if weights.get("text") else {}
+    logits, cross_entropy = output.logits.float(), functools.partial(nn.functional.cross_entropy, reduction="none")
+    terms = {"text": cross_entropy(logits, labels) @ each} if weights.get("text") else {}
     if weights.get("kl"):
-        terms["kl"] = divergence(logits, teacher).sum()
+        terms["kl"] = divergence(logits, teacher) @ each
     if weights.get("argmax"):
-        terms["argmax"] = cross_entropy(logits, teacher.argmax(-1))  # the teacher's likeliest token
+        terms["argmax"] = cross_entropy(logits, teacher.argmax(-1)) @ each  # the teacher's likeliest token
     if weights.get("mse") and len(output.vectors):
         # the mean over chunks times N: divided by the labels of a step, its passes count by their labels
-        terms["mse"] = relative_error(output.vectors, output.means).mean() * len(labels)
+        terms["mse"] = relative_error(output.vectors, output.means).mean() * each.sum()
     return terms
 
 
-def checked_batch(model: RefragModel, sequences: Sequence[TrainingSequence]) -> Batch:
-    """Sequences as a batch on the model's device. Raises UserError for one longer than the decoder's window."""
-    longest, window = max(len(sequence.plan) for sequence in sequences), model.window
+def checked_batch(sequences: Sequence[TrainingSequence], window: int | None) -> Batch:
+    """Sequences as a batch. Raises UserError for one longer than the decoder's window."""
+    longest = max(len(sequence.plan) for sequence in sequences)
     require(window is None or longest <= window, f"a sequence has {longest} positions, the decoder's window is "
             f"{window}: lower --seq_tokens (in eval --context_tokens or --next_tokens)")
-    return collate(sequences).to(next(model.parameters()).device)
+    return collate(sequences)
 
 
 @torch.no_grad()
 def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], batch_size: int,
                       accelerator: Any) -> dict[str, float]:
     """Mean loss (nats) and accuracy over all asked positions, teacher forced."""
-    ordered = sorted(sequences, key=lambda sequence: len(sequence.plan))  # little padding
     loss = right = total = 0.0
-    for part in progress(batched(ordered, batch_size), "measuring", unit="pass"):
-        batch = checked_batch(model, part)
+    for part in progress(batched(sequences, batch_size), "measuring", unit="pass"):
+        batch = checked_batch(part, model.window).to(model.device)
         with accelerator.autocast():
             logits = model(batch).logits.float()
         loss += nn.functional.cross_entropy(logits, batch.labels, reduction="sum").item()
@@ -4140,13 +4344,12 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 class Trainer:
-    def __init__(self, model: RefragModel, lessons: Lessons, weights: dict[str, float], train: TrainConfig,
-                 accelerator: Any, teacher: nn.Module | None, facts: dict[str, Any], seed: int):
+    def __init__(self, model: RefragModel, steps: Steps, weights: dict[str, float], accelerator: Any,
+                 teacher: nn.Module | None, facts: dict[str, Any]):
         """weights: of `loss_terms`; facts: of this phase, for the checkpoint's history."""
-        self.model, self.weights, self.train, self.teacher, self.facts = model, weights, train, teacher, facts
-        self.accelerator, self.folder, self.earlier = accelerator, Path(train.out_dir), model.config.history
-        cost = PASS_COST.get(accelerator.device.type, PASS_COST["cuda"])
-        self.sampler = Sampler(lessons, train, accelerator.num_processes, cost, seed)
+        self.model, self.steps, self.weights, self.teacher, self.facts = model, steps, weights, teacher, facts
+        self.accelerator, self.earlier, self.train = accelerator, model.config.history, (train := steps.train)
+        self.folder = Path(train.out_dir)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, train), betas=(0.9, 0.95))
         for part in (model.decoder, model.encoder.backbone):
             if train.activation_checkpointing:
@@ -4155,77 +4358,76 @@ class Trainer:
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.training = True  # it asks for that; not its parts, whose dropout stays off as everywhere here
             if train.torch_compile:
-                part.compile(dynamic=True)
+                can_pack(part)  # is tried before
+                part.compile(dynamic=True)  # once, whatever the lengths
         self.wrapped, self.optimizer = accelerator.prepare(model, self.optimizer)
-        self.step, self.tokens, self.seconds, self.drawn = 0, 0, 0.0, 0
-        self.exam = lessons.exam()
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.exam = {name if len(steps.kinds) == 1 else f"{kind} {name}": items
+                     for kind, lessons in steps.kinds.items() for name, items in lessons.exam.items()}
 
-    def teach(self, items: list[Item]) -> Tensor | None:
-        """(N, V) the teacher's logits at the asked positions; None if the phase has no teacher."""
-        if items[0].teacher is None:
-            return None
-        batch = checked_batch(self.model, [item.teacher for item in items])
-        decoder = self.teacher or self.model.decoder
-        with torch.no_grad(), self.accelerator.autocast(), head_reads(decoder, batch.asked):
-            return decoder(input_ids=batch.plan, use_cache=False).logits
+    @property
+    def done(self) -> tuple[float, float]:
+        """How far the run is, and how far it goes: in steps, or in seconds."""
+        return (self.seconds, self.train.seconds) if self.train.seconds else (self.step, self.train.steps)
 
-    def run_pass(self, items: list[Item], asked: int) -> dict[str, float]:
-        """Forward and backward. asked: labels of the whole step, in all processes. Returns loss terms."""
-        batch = checked_batch(self.model, [item.sequence for item in items])
-        teacher = self.teach(items)
+    def teach(self, batch: Batch) -> Tensor:
+        """(N, V) the teacher's logits at the asked positions."""
+        decoder, batch = self.teacher or self.model.decoder, batch.to(self.accelerator.device)
+        with torch.no_grad(), self.accelerator.autocast():
+            return asked_logits(decoder, decoder.get_input_embeddings()(batch.plan), batch)
+
+    def run_pass(self, one: Pass, asked: float) -> dict[str, float]:
+        """Forward and backward. asked: of the whole step, in all processes. Returns loss terms."""
+        batch, each = one.batch.to(self.accelerator.device), one.weights.to(self.accelerator.device)
+        teacher = self.teach(one.teacher) if one.teacher else None
         with self.accelerator.autocast():
             output = self.wrapped(batch)
-        terms = loss_terms(output, batch.labels, teacher, self.weights)
+        terms = loss_terms(output, batch.labels, teacher, self.weights, each)
         loss = sum(self.weights[name] * term for name, term in terms.items()) / asked
         if not torch.isfinite(loss):
-            raise self.diverged("loss", loss.item(), items)
+            raise self.diverged("loss", loss.item(), [one])
         self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes
         return {name: term.item() / asked for name, term in terms.items()} | {"loss": loss.item()}
 
-    def diverged(self, what: str, value: float, items: list[Item]) -> UserError:
-        places = list(dict.fromkeys(item.where for item in items))
+    def diverged(self, what: str, value: float, passes: list[Pass]) -> UserError:
+        places = list(dict.fromkeys(place for one in passes for place in one.places))
         named = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
         return UserError(f"step {self.step + 1}: the {what} is {value} on {named}: lower --lr, or fix these texts; "
                          "the last checkpoint is kept")
 
-    def run_step(self, passes: list[list[Item]]) -> dict[str, float]:
-        """One optimizer step over the passes of all processes. Returns loss terms and gradient norm."""
-        items = [item for one in passes for item in one]
-        asked = sum(item.sequence.asked for item in items)
-        factor = learning_rate_factor(self.step, self.train.steps, self.train.warmup)
+    def run_step(self, step: Step) -> dict[str, float]:
+        """One optimizer step. Returns loss terms and gradient norm."""
+        factor, terms = learning_rate_factor(*self.done, self.train.warmup), collections.Counter()
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        terms: dict[str, float] = {}
-        for number, one in enumerate(passes, start=1):
-            own = one[self.accelerator.process_index :: self.accelerator.num_processes]
-            with self.accelerator.no_sync(self.wrapped) if number < len(passes) else contextlib.nullcontext():
-                for name, value in self.run_pass(own, asked).items():
-                    terms[name] = terms.get(name, 0.0) + value
+        for number, one in enumerate(step.passes, start=1):
+            with self.accelerator.no_sync(self.wrapped) if number < len(step.passes) else contextlib.nullcontext():
+                terms.update(self.run_pass(one, step.asked))
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.train.grad_clip or math.inf)
         if not math.isfinite(float(norm)):
-            raise self.diverged("gradient", float(norm), items)
+            raise self.diverged("gradient", float(norm), step.passes)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.tokens += sum(item.tokens for item in items)
-        padded = sum(len(one) * one[0].positions for one in passes)
-        padding = round(1 - sum(item.positions for item in items) / padded, 4)
-        return terms | {"grad_norm": float(norm), "lr": self.train.lr * factor, "padding": padding}
+        self.tokens += step.tokens
+        return {**terms, "grad_norm": float(norm), "lr": self.train.lr * factor}
 
     def fit(self) -> dict[str, Any]:
         log = RunLog(self.folder, self.accelerator.is_main_process, self.step)
         if self.step == 0:
             log.write({"step": 0, "eval": self.evaluate()})
-        bar = progress(None, self.facts["phase"], self.train.steps, "step", done=self.step)
+        bar = progress(None, self.facts["phase"], round(self.done[1]), "s" if self.train.seconds else "step",
+                       done=int(self.done[0]))
         with stop_signals() as received, contextlib.closing(bar):
             start, since = time.perf_counter(), (self.seconds, self.tokens)
-            for passes, drawn in self.sampler.run(self.step):
-                terms, self.drawn = self.run_step(passes), drawn
+            for step in self.steps.run(self.step, self.accelerator.device):
+                terms = self.run_step(step)
                 self.seconds += time.perf_counter() - start
+                done, whole = self.done
+                last, _ = done >= whole, self.steps.clock.fill_(min(done / whole, 0.9999))
                 pace = (self.tokens - since[1]) / (self.seconds - since[0])
                 bar.set_postfix_str(f"loss {terms['loss']:.4f}, {pace:,.0f} tokens/s", refresh=False)
-                bar.update(1)
-                last = self.step == self.train.steps
+                bar.update(int(done) - bar.n)
                 if self.step % self.train.log_every == 0 or last:
                     log.write(self.reduce({"step": self.step, "tokens": self.tokens, **terms})
                               | {"tokens_per_s": round(pace, 1), "seconds": round(self.seconds, 2)})
@@ -4240,6 +4442,8 @@ class Trainer:
                 if leaving and not last:
                     raise KeyboardInterrupt if signal.SIGINT in received else SystemExit(128 + signal.SIGTERM)
                 start = time.perf_counter()  # evaluating and saving count in no throughput
+                if last:
+                    break
         return self.summary(log)
 
     def reduce(self, record: dict[str, float]) -> dict[str, float]:
@@ -4255,7 +4459,7 @@ class Trainer:
         results: dict[str, Any] = {}
         for name, items in progress(self.exam.items(), "evaluating", total=len(self.exam)):
             sequences = [item.sequence for item in items]
-            sources = [frozenset(item.rows or [item.where]) for item in items]  # what the vectors stand for
+            sources = [frozenset(item.sources or [item.where]) for item in items]  # what the vectors stand for
             for kind in CONTROLS:
                 changed = control(kind, sequences, sources)
                 if changed:
@@ -4281,9 +4485,11 @@ class Trainer:
 
     def save(self, log: RunLog) -> None:
         """Write a checkpoint, whole or not at all; keep the last two."""
+        from refrag_extras import reports
+
         moments = self.optimizer_state(offload=True).get("state", {})
         tensors = {f"{key}/{name}": value for name, values in moments.items() for key, value in values.items()}
-        values = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "drawn": self.drawn}
+        values = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
         config, parts = self.model.config, self.model.parts()
         config.history = [*self.earlier, {**self.facts, "steps": self.step, "tokens": self.tokens}]
         for name, tensor in ((name, tensor) for part in parts.values() for name, tensor in part.items()):
@@ -4291,10 +4497,10 @@ class Trainer:
                     "checkpoint is not written: lower --lr; the last one is kept")
         if self.accelerator.is_main_process:
             write_checkpoint(self.folder / f"step-{self.step:06d}", config, parts | {"trainer": tensors},
-                             {"trainer.json": dumps(values)}, model_card(config, log.records))
+                             {"trainer.json": dumps(values)}, reports.model_card(config, log.records))
             for old in step_folders(self.folder)[2:]:
                 shutil.rmtree(old, ignore_errors=True)
-            log.plot()
+            reports.draw_losses(self.folder / "loss.png", log.records)
         self.accelerator.wait_for_everyone()
 
     def restore(self, folder: Path) -> None:
@@ -4309,7 +4515,6 @@ class Trainer:
         state_dict.set_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, moments,
                                             options=state_dict.StateDictOptions(full_state_dict=True))
         self.step, self.tokens, self.seconds = values["step"], values["tokens"], values["seconds"]
-        self.drawn = self.sampler.drawn = values["drawn"]
 
 
 def without_vectors(sequence: TrainingSequence) -> TrainingSequence:
@@ -4381,55 +4586,12 @@ class RunLog:
         if self.writes:
             append_line(self.path, record)
 
-    def plot(self) -> None:
-        save_figure(self.path.with_name("loss.png"), 2, (11, 4), self.paint)
-
-    def paint(self, left: Any, right: Any) -> None:
-        losses = [(r["step"], r["loss"]) for r in self.records if "loss" in r]
-        left.plot(*np.asarray(losses).reshape(-1, 2).T)
-        left.set(xlabel="step", ylabel="training loss")
-        evals = [(r["step"], r["eval"]) for r in self.records if r.get("eval")]
-        for n, name in enumerate(evals[-1][1] if evals else ()):
-            for kind, style in zip(CONTROLS, ("-", ":", "--", "-."), strict=True):
-                points = [(step, sets[name][kind]["accuracy"]) for step, sets in evals if kind in sets[name]]
-                right.plot(*np.asarray(points).reshape(-1, 2).T, style, color=f"C{n}",
-                           label=name if kind == "vectors" else None)
-        right.set(xlabel="step", ylabel="held-out token accuracy")
-        right.set_title("solid: vectors, dotted: none, dashed: wrong, dash-dot: full text", fontsize=8)
-        if evals:
-            right.legend(fontsize=7)
-
-
-def model_card(config: RefragConfig, records: list[dict[str, Any]]) -> str:
-    carried, final = config.scorers, [record for record in records if record.get("eval")][-1:]
-    made = [f"A trained {name} over the vectors of {getattr(config, name)['embedder']}." for name in carried]
-    if config.training_model or config.lora or not carried:
-        made = [f"Decoder: {config.decoder_name_or_path}. Encoder: {config.encoder_name_or_path}, {config.pooling} "
-                f"pooling. Projector: {config.projector}.", *made]
-    lines = ["# REFRAG checkpoint", "", " ".join([*made, f"Made by refrag.py {__version__}."]), "",
-             "Load it with `python refrag.py generate --load_dir FOLDER`. The licences of the base models and of the "
-             "training data apply.", "",
-             "| Phase | Steps or epochs | Tokens or questions | Trained | Device | Data |", "|---|---|---|---|---|---|"]
-    for h in config.history:
-        files = ", ".join(Path(fact["file"]).name for fact in h["data"])
-        lines.append(f"| {h['phase']} | {h['steps']:,} | {h['tokens']:,} | {h['train']} | {h['device']} | {files} |")
-    for h in (h for h in config.history if h.get("recall")):
-        shown = ", ".join(f"{value:.3f} at p = {p}" for p, value in h["recall"].items())
-        lines += ["", f"{h['phase']}: share of held-out questions whose answer stays text whole: {shown}."]
-    for record in final:
-        lines += ["", f"Held-out token accuracy after step {record['step']}:", "",
-                  "| Set | Vectors | None | Wrong | Full |", "|---|---|---|---|---|"]
-        for name, kinds in record["eval"].items():
-            cells = [f"{kinds[kind]['accuracy']:.3f}" if kind in kinds else "-" for kind in CONTROLS]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
-
 
 # -- runs -----------------------------------------------------------------------
 
 RUN_FILES = re.compile(r"run\.json|metrics\.jsonl|loss\.png|\.lock|step-\d+|\..*\.(tmp|old)")
 FREE_TO_CHANGE = {"out_dir", "resume", "log_every", "save_every", "eval_every", "threads", "quiet", "json", "debug",
-                  "config", "offline", "torch_compile", "activation_checkpointing"}
+                  "config", "offline", "torch_compile", "activation_checkpointing", "workers", "seconds"}
 
 
 def make_accelerator(runtime: RuntimeConfig) -> Any:
@@ -4450,9 +4612,10 @@ def run_settings(configs: Sequence[Any], **more: Any) -> dict[str, Any]:
 
 
 def data_facts(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    named = [settings.get(flag) or [] for flag in ("train_json", "rag_json", "eval_json")]  # sft's are one name each
+    flags = "train_json", "rag_json", "eval_json", "eval_rag_json"
+    named = [settings.get(flag) or [] for flag in flags]  # those of questions are one name each
     facts = file_facts([name for names in named for name in ([names] if isinstance(names, str) else names)])
-    if "index_dir" in settings:
+    if settings.get("rag_json"):
         digest = index_manifest(settings["index_dir"])["digest"]
         facts.append({"file": str(Path(settings["index_dir"])), "sha256": digest})
     return facts
@@ -4506,12 +4669,35 @@ def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
     return open_checkpoint(folder).path
 
 
-def train_phase(phase: str, weights: dict[str, float], own: Sequence[Options], train: TrainConfig,
-                models: ModelConfig, runtime: RuntimeConfig,
-                make_lessons: Callable[[RefragModel, TrainConfig], Lessons]) -> None:
-    """Run or continue a training phase and print its summary. own: the options that not every phase has."""
-    folder, settings = Path(train.out_dir), run_settings((*own, train, models, runtime), phase=phase)
-    train, accelerator = with_defaults(phase, train), make_accelerator(runtime)
+def lesson_kinds(names: Sequence[str], given: dict[type, Any], model: RefragModel) -> dict[str, Kind]:
+    """The lessons of some kinds. given: options by class. Raises RefragError."""
+    mix, answers, search = given.get(MixConfig), given[AnswersConfig], given[SearchConfig]
+    textual, kinds = [name for name in names if name != "qa"], {}
+    if textual:
+        kinds = text_kinds(textual, given, model.encoder)
+    if "qa" in names:
+        searcher = load_searcher(given[IndexConfig], search, given[RuntimeConfig])
+        gate = load_gate(model, "gate", searcher.embedder) if answers.gate_frac else None
+        held_out = mix.eval_rag_json if mix else given[SftConfig].eval_json
+        questions = Questions(model.encoder, given[TrainConfig], answers, searcher, search,
+                              {"--rag_json": (mix or given[SftConfig]).rag_json, "--eval_json": held_out}, gate)
+        kinds["qa"] = Kind(len(questions.questions), questions.draw, questions.exam())
+    return kinds
+
+
+def train_phase(name: str, *configs: Options) -> None:
+    """Run or continue a training phase and print its summary. configs: of its command."""
+    given = {cls: cls() for cls in (ReconConfig, NextConfig, AnswersConfig, SearchConfig)} | {
+        type(config): config for config in configs}
+    models, runtime, phase = given[ModelConfig], given[RuntimeConfig], PHASES[name]
+    most, least = given[SearchConfig].topk, given[AnswersConfig].topk_min
+    require((least or 1) <= most, f"--topk_min {least} is more than --topk {most}")
+    train, accelerator = with_defaults(name, given[TrainConfig]), make_accelerator(runtime)
+    require(not train.seconds or accelerator.num_processes == 1, "--seconds is for one process: the clocks of several "
+            "differ: use --steps")
+    weights = phase.weights | {"kl": phase.weights.get("kl", train.distill)}
+    shares = given[MixConfig].shares if not phase.kind else ({phase.kind: 1.0}, {phase.kind: 1.0})
+    folder, settings = Path(train.out_dir), run_settings(configs, phase=name)
     with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
         facts = {"settings": settings, "data": data_facts(settings), "versions": library_versions(),
                  "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
@@ -4519,13 +4705,15 @@ def train_phase(phase: str, weights: dict[str, float], own: Sequence[Options], t
         source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
         model = load_model(source, runtime, train.train, train.lora_r).to(accelerator.device)
         model.config.compression = max(*train.k, model.config.compression if model.config.history else 0)
-        lessons = make_lessons(model, train)
-        apart = (weights.get("kl") or weights.get("argmax")) and "d" in train.train  # else the decoder is the teacher
+        kinds = lesson_kinds(list(blended(*shares, 0.5)), given | {TrainConfig: train}, model)
+        apart = (weights["kl"] or weights.get("argmax")) and "d" in train.train  # else the decoder is the teacher
         teacher = load_model(models, runtime).decoder.requires_grad_(False) if apart else None
         mark_trained(model, train.train, train.lora_r)
+        steps = Steps(kinds, shares, train, teaches=bool(weights["kl"]), window=model.window,
+                      processes=accelerator.num_processes, process=accelerator.process_index, seed=runtime.seed)
         trained = train.train + (f" (LoRA {train.lora_r})" if train.lora_r else "")
-        entry = {"phase": phase, "train": trained, "device": facts["device"], "data": without_folders(facts["data"])}
-        trainer = Trainer(model, lessons, weights, train, accelerator, teacher, entry, runtime.seed)
+        entry = {"phase": name, "train": trained, "device": facts["device"], "data": without_folders(facts["data"])}
+        trainer = Trainer(model, steps, weights, accelerator, teacher, entry)
         if checkpoint:
             trainer.restore(checkpoint)
         accelerator.wait_for_everyone()  # or a slower process would find the run that the first one has begun
@@ -4534,193 +4722,7 @@ def train_phase(phase: str, weights: dict[str, float], own: Sequence[Options], t
         if accelerator.device.type == "cpu":
             keep_memory()
         summary = trainer.fit()
-    emit(summary, runtime, training_text(summary))
-
-
-# -- the gate and the policy ------------------------------------------------------
-
-GATE_LR = 1e-3  # at its peak
-CHUNKWISE = 0.2  # weight of the chunkwise cross entropy beside the listwise one
-
-
-class GateExample(NamedTuple):
-    number: int  # of the question
-    inputs: GateInput  # without its texts
-    features: np.ndarray  # (L, F)
-    tokens: np.ndarray  # (L,), encoder tokens of each chunk
-    spans: list[list[int]]  # see `answer_chunks`
-
-    @property
-    def positive(self) -> np.ndarray:
-        """(L,) bool: chunks that hold an answer, or a part of one."""
-        return np.isin(np.arange(len(self.tokens)), [chunk for span in self.spans for chunk in span])
-
-
-class GateData(NamedTuple):
-    searcher: Searcher
-    questions: list[Retrieved]
-    examples: list[GateExample]
-    held_out: list[GateExample]
-
-
-def gate_examples(questions: list[Retrieved], index: Index, chunking: Chunking, topk: int) -> list[GateExample]:
-    """Examples of the questions for which a right passage with an answer was retrieved."""
-    examples = []
-    for number, (item, rows, query) in enumerate(progress(questions, "features", len(questions), "question")):
-        rows = rows[:topk]
-        contents = [chunking.tokenizer.neutralize(index[row].content) for row in rows]
-        docs = make_docs(contents, rows, chunking.k, chunking.tokenizer, index)
-        right = [bool(index[row].names & set(item["positive_ids"])) for row in rows]
-        spans = answer_chunks(docs, right, item["answers"])
-        if spans:
-            inputs = gate_input(item["question"], docs, query, index)
-            sizes = np.concatenate([doc.chunks.sizes for doc in docs]).astype(np.int64)
-            slim = inputs._replace(texts=[], vectors=inputs.vectors.astype(np.float16))
-            examples.append(GateExample(number, slim, chunk_features(inputs), sizes, spans))
-    return examples
-
-
-def load_gate_data(data: GateDataConfig, index: IndexConfig, search: SearchConfig, models: ModelConfig,
-                   runtime: RuntimeConfig) -> GateData:
-    searcher = load_searcher(index, search, runtime)
-    opened = searcher.index
-    require(searcher.embedder is not None and opened.manifest["retriever"] == "hybrid",
-            f"--index_dir {index.index_dir}: the gate learns from vectors and BM25: build the index with --retriever "
-            "hybrid")
-    chunking = Chunking(data.k, build_tokenizer(model_config(models)))
-    if opened.manifest["chunking"]["tokenizer"] != chunking.tokenizer.fingerprint:
-        raise MismatchError("the index was built with another --enc or --dec: use the same, or build it again")
-    stored = opened.manifest["chunking"]["k"]
-    require(opened.serves(data.k), f"--k {data.k}: the index's chunks of {stored} tokens do not make chunks of "
-            f"{data.k}: give --k {stored}, or build the index with another")
-    files = (data.rag_json, "--rag_json", data.limit), (data.eval_json, "--eval_json", data.eval_limit)
-    answered = [[item for name in names for item in read_answered_questions(name, flag, limit)]
-                for names, flag, limit in files]
-    questions, other = (retrieve_all(items, searcher, search) for items in answered)
-    examples, held_out = (gate_examples(part, opened, chunking, search.topk) for part in (questions, other))
-    require(bool(examples), "--rag_json: not one question has its answer in a retrieved passage of its positive_ids")
-    return GateData(searcher, questions, examples, held_out)
-
-
-def example_logits(gate: QueryGate, examples: Sequence[GateExample]) -> Tensor:
-    """(B, L) logits of examples, -inf where padded."""
-    return gate.batch_logits([e.inputs for e in examples], [e.features for e in examples])
-
-
-@torch.inference_mode()
-def gate_recall(gate: QueryGate, examples: Sequence[GateExample], shares: Sequence[float]) -> dict[str, float]:
-    """Share of the examples with at least one answer span kept as text, by p; empty without examples."""
-    found: dict[str, list[bool]] = {f"{p:g}": [] for p in shares if examples}
-    for part in batched(examples, 64):
-        for example, logits in zip(part, example_logits(gate, part).float().cpu().numpy(), strict=True):
-            for p in shares:
-                chosen = select_chunks(logits[: len(example.tokens)], example.tokens, p)
-                found[f"{p:g}"].append(any(chosen[span].all() for span in example.spans))
-    return {p: round(sum(hits) / len(hits), 4) for p, hits in found.items()}
-
-
-def gate_loss(logits: Tensor, positive: Tensor) -> Tensor:
-    """-log of the softmax's mass on the positive chunks, plus CHUNKWISE times the summed binary cross entropy of all
-    chunks (which grows with L); mean over questions. logits: (B, L), -inf where padded; positive: (B, L) bool.
-    """
-    real = logits > -math.inf
-    chosen = logits.masked_fill(~positive, -math.inf).logsumexp(-1)
-    each = nn.functional.binary_cross_entropy_with_logits(logits[real], positive[real].float(), reduction="sum")
-    return (logits.logsumexp(-1) - chosen).mean() + CHUNKWISE * each / len(logits)
-
-
-def descend(loss: Tensor, gate: QueryGate, optimizer: torch.optim.Optimizer) -> None:
-    loss.backward()
-    nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def fit_gate(gate: QueryGate, examples: list[GateExample], held_out: list[GateExample], settings: GateConfig,
-             p: Sequence[float], seed: int) -> list[dict[str, Any]]:
-    """Train a gate in place. Returns a record per epoch with its loss and held-out recall at each p."""
-    rng = np.random.default_rng(seed)
-    stacked = np.concatenate([example.features for example in examples])
-    gate.mean.copy_(torch.from_numpy(stacked.mean(0)))
-    gate.deviation.copy_(torch.from_numpy(stacked.std(0) + 1e-3))
-    optimizer = torch.optim.AdamW(gate.parameters(), lr=GATE_LR, weight_decay=0.01)
-    epochs = [batched(rng.permutation(len(examples)), settings.batch_size) for _ in range(settings.epochs)]
-    batches = [[examples[i] for i in numbers] for epoch in epochs for numbers in epoch]
-    each, losses, records = len(batches) // settings.epochs, [], []
-    for number, batch in enumerate(progress(batches, "train_gate", unit="step")):
-        optimizer.param_groups[0]["lr"] = GATE_LR * learning_rate_factor(number, len(batches), 0.05)
-        logits = example_logits(gate, batch)
-        loss = gate_loss(logits, padded_rows([example.positive for example in batch], False).to(logits.device))
-        descend(loss, gate, optimizer)
-        losses.append(loss.item())
-        if len(losses) % each == 0:
-            records.append({"epoch": len(losses) // each, "loss": round(float(np.mean(losses[-each:])), 4),
-                            "recall": gate_recall(gate, held_out, p)})
-    return records
-
-
-def train_scorer(kind: str, data: GateDataConfig, settings: GateConfig | PolicyConfig, index: IndexConfig,
-                 search: SearchConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    """Train a "gate" or a "policy" on retrieved questions, write it, print a summary."""
-    times = [time.perf_counter()]
-    loaded = load_gate_data(data, index, search, models, runtime)
-    embedder, device = loaded.searcher.embedder, pick_device(runtime.device)
-    if kind == "policy":
-        from refrag_extras.policy import AnswerReader, fit_policy
-
-        source = AnswerReader(load_model(models, runtime), loaded, search.topk, data.k)
-        fit, steps, shape = fit_policy, settings.steps, {"features": False, "blind": settings.blind}
-    else:
-        source, fit, steps, shape = loaded.examples, fit_gate, settings.epochs, {}
-    times.append(time.perf_counter())
-    torch.manual_seed(runtime.seed)
-    gate = QueryGate(embedder.dim, **shape).to(device)
-    records = fit(gate, source, loaded.held_out, settings, data.p, runtime.seed)
-    gate.half().float()  # examine the weights as they are stored
-    recall = gate_recall(gate, loaded.held_out, data.p)
-    times.append(time.perf_counter())
-    entry = {"phase": f"train_{kind}", "steps": steps, "tokens": len(loaded.examples), "train": kind,
-             "device": str(gate.mean.device), "recall": recall}
-    save_gate(kind, gate, embedder, data, models, entry)
-    summary = {"questions": len(loaded.questions), "examples": len(loaded.examples), "held_out": len(loaded.held_out),
-               "recall": recall, "parameters": sum(p.numel() for p in gate.parameters()), "records": records,
-               "prepare_s": round(times[1] - times[0], 1), "train_s": round(times[2] - times[1], 1),
-               "checkpoint": data.out_dir}
-    emit(summary, runtime, gate_text(summary))
-
-
-def save_gate(kind: str, gate: QueryGate, embedder: Embedder, data: GateDataConfig, models: ModelConfig,
-              entry: dict[str, Any]) -> None:
-    """Write --out_dir: the parts of --load_dir's checkpoint, if there is one, with this gate or policy."""
-    checkpoint, parts = find_checkpoint(models), {}
-    config = model_config(models, checkpoint)
-    if checkpoint is not None:
-        checkpoint.verify()
-        names = {path.stem for path in checkpoint.path.glob("*.safetensors")} - {"trainer"}
-        parts = {name: checkpoint.tensors(name) for name in names}
-    setattr(config, kind, {**gate.shape, "feature_names": FEATURE_NAMES if gate.shape["features"] else [],
-                           "embedder": embedder.name, "embedder_fingerprint": embedder.fingerprint})
-    parts[kind] = {name: tensor.half() for name, tensor in part_tensors(gate).items()}
-    files = file_facts([*data.rag_json, *data.eval_json])
-    config.history = [*config.history, entry | {"data": without_folders(files)}]
-    write_checkpoint(Path(data.out_dir), config, parts, card=model_card(config, []))
-
-
-def gate_text(summary: dict[str, Any]) -> str:
-    shown = ", ".join(f"{value:.3f} at p = {p}" for p, value in summary["recall"].items())
-    return (f"{summary['examples']:,} of {summary['questions']:,} questions, {summary['parameters']:,} parameters, "
-            f"trained in {summary['train_s']:.0f} s -> {summary['checkpoint']}\n"
-            f"{summary['held_out']:,} held-out questions, answer recall: {shown or 'none'}")
-
-
-def training_text(summary: dict[str, Any]) -> str:
-    lines = [f"{summary['phase']}: {summary['steps']:,} steps, {summary['tokens']:,} tokens in "
-             f"{summary['seconds']:.0f} s ({summary['tokens_per_s']:,.0f} tokens/s), loss "
-             f"{summary['loss'] or math.nan:.4f} -> {summary['checkpoint']}"]
-    for name, kinds in summary["eval"].items():
-        shown = ", ".join(f"{kind} {values['accuracy']:.3f}" for kind, values in kinds.items())
-        lines.append(f"held out {name}: token accuracy {shown}")
-    return "\n".join(lines)
+    emit(summary, runtime, importlib.import_module("refrag_extras.reports").training_text(summary))
 
 
 # =============================================================================
@@ -5387,35 +5389,6 @@ def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, fo
         say("\n\n".join(search_text(result) for result in results))
 
 
-def cmd_cpt_align(texts: TextConfig, train: TrainConfig, models: ModelConfig, runtime: RuntimeConfig) -> None:
-    train_phase("cpt_align", {"kl": 1.0, "argmax": 0.2, "mse": 1.0}, (texts,), train, models, runtime,
-                lambda model, train: AlignLessons(model.encoder, texts, train))
-
-
-def cmd_cpt_recon(texts: TextConfig, recon: ReconConfig, train: TrainConfig, models: ModelConfig,
-                  runtime: RuntimeConfig) -> None:
-    train_phase("cpt_recon", {"text": 1.0}, (texts, recon), train, models, runtime,
-                lambda model, train: ReconLessons(model.encoder, texts, train, recon))
-
-
-def cmd_cpt_next(texts: TextConfig, following: NextConfig, train: TrainConfig, models: ModelConfig,
-                 runtime: RuntimeConfig) -> None:
-    train_phase("cpt_next", {"text": 1.0, "kl": following.distill}, (texts, following), train, models, runtime,
-                lambda model, train: NextLessons(model.encoder, texts, train, following))
-
-
-def cmd_sft(sft: SftConfig, index: IndexConfig, search: SearchConfig, train: TrainConfig, models: ModelConfig,
-            runtime: RuntimeConfig) -> None:
-    require((sft.topk_min or 1) <= search.topk, f"--topk_min {sft.topk_min} is more than --topk {search.topk}")
-    searcher = load_searcher(index, search, runtime)
-
-    def lessons(model: RefragModel, train: TrainConfig) -> AnswerLessons:
-        gate = load_gate(model, "gate", searcher.embedder) if sft.gate_frac else None
-        return AnswerLessons(model.encoder, train, sft, searcher, search, gate)
-
-    train_phase("sft", {"text": 1.0, "kl": sft.distill}, (sft, index, search), train, models, runtime, lessons)
-
-
 def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:
     """--prompt as the one question, None without it. Raises UserError."""
     if text is None:
@@ -5530,9 +5503,8 @@ def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, 
 
 
 HANDLERS: dict[str, Callable[..., None]] = {
-    "search": cmd_search, "cpt_align": cmd_cpt_align, "cpt_recon": cmd_cpt_recon,
-    "cpt_next": cmd_cpt_next, "sft": cmd_sft, "train_gate": functools.partial(train_scorer, "gate"),
-    "train_policy": functools.partial(train_scorer, "policy"), "generate": cmd_generate}
+    "search": cmd_search, "generate": cmd_generate,
+    **{name: functools.partial(train_phase, name) for name in PHASES}}
 
 
 def handler(name: str) -> Callable[..., None]:

@@ -6,7 +6,6 @@
     python docs/measure.py start_up --index_dir runs/wiki [--against OTHER/refrag.py]
     python docs/measure.py anchors --texts data/cpt_train.jsonl
     python docs/measure.py embed --texts data/wiki_passages.jsonl --limit 256
-    python docs/measure.py training --texts data/cpt_train.jsonl --contexts 512 --k 4
     python docs/measure.py kernels --index_dir runs/wiki --qa data/wiki_questions.jsonl --limit 60 --dtype bfloat16
     python docs/measure.py allocator --texts data/cpt_train.jsonl --contexts 512 --k 4
     python docs/measure.py paired --run OUT/answers_ceiling --against OUT/answers_squad_more
@@ -315,41 +314,15 @@ def trainer_of(args: argparse.Namespace, lessons: str, letters: str, folder: Pat
     size = args.contexts[0]
     train = refrag.TrainConfig(out_dir=str(folder), k=(args.k,), seq_tokens=size, batch_size=args.batch_size,
                                steps=10**6, train=letters)
-    texts = refrag.TextConfig(train_json=(args.texts,))
-    train = refrag.with_defaults(f"cpt_{lessons}", train)
-    weights = {"text": 1.0} | ({"kl": 1.0} if lessons == "align" else {})
-    model = refrag.load_model(refrag.ModelConfig(), RUNTIME, letters)
-    kind, options = {"recon": (refrag.ReconLessons, refrag.ReconConfig()), "align": (refrag.AlignLessons, None),
-                     "next": (refrag.NextLessons, refrag.NextConfig())}[lessons]
-    data = kind(model.encoder, texts, train, options)
+    train, phase = refrag.with_defaults(f"cpt_{lessons}", train), refrag.PHASES[f"cpt_{lessons}"]
+    model, shares = refrag.load_model(refrag.ModelConfig(), RUNTIME, letters), ({lessons: 1.0}, {lessons: 1.0})
+    options = refrag.ReconConfig(), refrag.NextConfig(), refrag.AnswersConfig(), refrag.SearchConfig()
+    given = {type(c): c for c in (*options, train, refrag.TextConfig(train_json=(args.texts,)))}
+    steps = refrag.Steps(refrag.text_kinds([lessons], given, model.encoder), shares, train, teaches=False,
+                         window=model.window, seed=RUNTIME.seed)
     refrag.mark_trained(model, letters, 0)
     facts = {"phase": f"cpt_{lessons}", "data": []}
-    return refrag.Trainer(model, data, weights, train, refrag.make_accelerator(RUNTIME), None, facts, RUNTIME.seed)
-
-
-def by_hand(trainer: refrag.Trainer, batches: list[refrag.Batch]) -> None:
-    """The same forward and backward passes without the loop: encoder, projector, decoder, cross entropy."""
-    model = trainer.model
-    for batch in batches:
-        with trainer.accelerator.autocast():
-            output = model(batch)
-        torch.nn.functional.cross_entropy(output.logits.float(), batch.labels).backward()
-    model.zero_grad(set_to_none=True)
-
-
-def measure_training(args: argparse.Namespace) -> dict:
-    """Seconds of whole training steps and of their bare forward and backward passes, taking turns; peak memory."""
-    rows = []
-    for lessons, letters in (("recon", "pe"), ("next", "ped")):
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = trainer_of(args, lessons, letters, Path(folder))
-            steps = itertools.islice(trainer.sampler.run(0), args.repeats + 1)
-            times = [time_step(trainer, passes) for passes, _ in steps]
-        whole, bare = zip(*times[1:], strict=True)  # the first warms up
-        rows.append({"phase": lessons, "step_s": statistics.median(whole), "bare_s": statistics.median(bare),
-                     "step/bare": statistics.median(w / b for w, b in times[1:]),
-                     "peak_rss_mb": refrag.peak_rss_mb()})
-    return {"rows": rows}
+    return refrag.Trainer(model, steps, phase.weights, refrag.make_accelerator(RUNTIME), None, facts)
 
 
 def measure_allocator(args: argparse.Namespace) -> dict:
@@ -357,7 +330,7 @@ def measure_allocator(args: argparse.Namespace) -> dict:
     cpu, times, peaks = torch.device("cpu"), {"default": [], "kept": []}, {"default": 0.0, "kept": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(args, "next", "ped", Path(folder))
-        steps = [passes for passes, _ in itertools.islice(trainer.sampler.run(0), args.repeats + 1)]
+        steps = list(itertools.islice(trainer.steps.run(0, cpu), args.repeats + 1))
         for name in ("default", "kept", "default", "kept"):
             bench.reset_peak_memory(cpu)
             if name == "kept":
@@ -366,23 +339,13 @@ def measure_allocator(args: argparse.Namespace) -> dict:
                 refrag.glibc("mallopt", -4, 1 << 16)
                 refrag.glibc("mallopt", -1, 1 << 26)
             clock = [time.perf_counter()]
-            for passes in steps:
-                trainer.run_step(passes)
+            for step in steps:
+                trainer.run_step(step)
                 clock.append(time.perf_counter())
             times[name] += [end - start for start, end in itertools.pairwise(clock)][1:]  # the first warms up
             peaks[name] = max(peaks[name], refrag.peak_rss_mb())
     rows = [{"allocator": name, "step_s": statistics.median(times[name]), "peak_rss_mb": peaks[name]} for name in times]
     return {"rows": rows, "default/kept": statistics.median(map(operator.truediv, *times.values()))}
-
-
-def time_step(trainer: refrag.Trainer, passes: list) -> tuple[float, float]:
-    """Seconds of a training step and of its bare passes."""
-    batches = [refrag.checked_batch(trainer.model, [item.sequence for item in items]) for items in passes]
-    start = time.perf_counter()
-    by_hand(trainer, batches)
-    bare = time.perf_counter()
-    trainer.run_step(passes)
-    return time.perf_counter() - bare, bare - start
 
 
 # -- answers of two runs -----------------------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import refrag
+from refrag_extras import reports
 
 LIMITS = """
 ## What it is for
@@ -55,7 +56,7 @@ def main() -> None:
         entry["data"] = refrag.without_folders(entry["data"])
     parts = {path.stem: {name: tensor.bfloat16() for name, tensor in source.tensors(path.stem).items()}
              for path in source.path.glob("*.safetensors") if path.stem != "trainer"}
-    card = refrag.model_card(config, []) + LIMITS
+    card = reports.model_card(config, []) + LIMITS
     refrag.write_checkpoint(Path(args.out), config, parts, card=card)
     curves = Path(args.run) / "loss.png"
     if curves.is_file():

@@ -1,7 +1,9 @@
-"""`refrag.py bench`: time to the first token and between tokens against context length, side by side in one run."""
+"""`refrag.py bench`: time to the first token and between tokens against context length, side by side in one run; or
+(`--task train`) how much of a training step its own matrix products take."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import json
@@ -15,10 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import refrag
+from refrag_extras import reports
 from refrag_extras.doctor import index_summary
-from refrag_extras.evaluate import aligned_table, source_commit
+from refrag_extras.evaluate import aligned_table, markdown_table, source_commit
 
 TIMED = ("ttft_s", "ttit_s", "tokens_per_s")
 SIZED = ("context_tokens", "positions", "full_positions", "compression", "p_realised", "new_tokens", "kv_bytes")
@@ -266,9 +271,9 @@ def write_bench(folder: Path, result: dict[str, Any], last: bool) -> None:
     refrag.write_atomic(folder / "bench.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     if last:
         rows = result["rows"]
-        refrag.save_figure(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
+        reports.save_figure(folder / "ttft.png", 1, (9, 6), lambda axes: paint_ttft(axes, rows))
         if any(row["ttft_ratio"] is not None for row in rows if row["mode"] == "refrag"):
-            refrag.save_figure(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
+            reports.save_figure(folder / "ratio.png", 1, (9, 6), lambda axes: paint_ratio(axes, rows))
     pictures = [f"![]({name})" for name in BENCH_PICTURES if (folder / name).is_file()]
     command = shlex.join(result["command"]).encode("utf-8", "replace").decode()  # arguments may be any bytes
     made = [f"Command: `{command}`", f"Device: {refrag.dumps(result['device'])}",
@@ -361,11 +366,95 @@ def bench_text(result: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
+# -- training -------------------------------------------------------------------------
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products of what runs within it, backward too, by their factors' shape, strides, precision."""
+
+    KINDS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+
+    def __init__(self):
+        super().__init__()
+        self.seen: collections.Counter = collections.Counter()
+
+    def __torch_dispatch__(self, kind: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if kind in self.KINDS:
+            self.seen[tuple((tuple(x.shape), x.stride(), x.dtype) for x in args[-2:])] += 1
+        return kind(*args, **(kwargs or {}))
+
+    def seconds(self, device: torch.device, repeats: int) -> float:
+        """How long all of them take by themselves: the least of some times of each."""
+        total = 0.0
+        for factors, count in self.seen.items():
+            made = [memory(shape, stride, dtype, device) for shape, stride, dtype in factors]
+            times = [timed(device, lambda made=made: torch.matmul(*made)) for _ in range(repeats + 1)]
+            total += count * min(times)
+        return total
+
+
+def memory(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    extent = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    return torch.ones(extent, dtype=dtype, device=device).as_strided(shape, stride)
+
+
+def timed(device: torch.device, work: Any) -> float:
+    watch = refrag.Stopwatch(device)
+    with watch.stage("s"):
+        work()
+    return watch.seconds["s"]
+
+
+def bench_training(bench: refrag.BenchConfig, models: refrag.ModelConfig, runtime: refrag.RuntimeConfig) -> dict:
+    """Steps of reconstruction on random tokens, all parts trained: positions per second, and the share of a step that
+    its matrix products would take by themselves, which is what a faster program could gain at most."""
+    model = refrag.load_model(models, runtime, "ped", bench.lora_r)
+    refrag.mark_trained(model, "ped", bench.lora_r)
+    accelerator, device = refrag.make_accelerator(runtime), next(model.parameters()).device
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    rng, rows = np.random.default_rng(runtime.seed), []
+    if device.type == "cpu":
+        refrag.keep_memory()
+
+    def step(sequences: list[refrag.TrainingSequence]) -> None:
+        batch = refrag.checked_batch(sequences, model.window).to(model.device)
+        with accelerator.autocast():
+            output = model(batch)
+        torch.nn.functional.cross_entropy(output.logits.float(), batch.labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    settings = list(itertools.product(bench.contexts, bench.k, bench.batch_size))
+    for context, k, batch_size in refrag.progress(settings, "timing", total=len(settings), unit="setting"):
+        texts = rng.integers(len(model.encoder.tokenizer.decoder), size=(batch_size, context))
+        sequences = [refrag.reconstruction(model.encoder, ids, np.ones(context + 1, dtype=bool), k) for ids in texts]
+        step(sequences)  # to warm up
+        with Products() as products:
+            step(sequences)
+        times = [timed(device, lambda made=sequences: step(made)) for _ in range(bench.repeats)]
+        step_s, products_s = float(np.median(times)), products.seconds(device, bench.repeats)
+        positions = sum(len(sequence.plan) for sequence in sequences)
+        rows.append({"context": context, "k": k, "batch": batch_size, "positions": positions,
+                     "step_s": round(step_s, 6), "positions_per_s": round(positions / step_s, 1),
+                     "products_s": round(products_s, 6), "products_share": round(products_s / step_s, 4),
+                     "peak_rss_mb": round(refrag.peak_rss_mb(), 1), "peak_device_mb": peak_device_mb(device)})
+    return {"what": "training", "device": refrag.describe_device(runtime), "versions": refrag.library_versions(),
+            "settings": refrag.run_settings((bench, models, runtime)), "command": sys.argv, "commit": source_commit(),
+            "rows": rows}
+
+
 def run(bench: refrag.BenchConfig, index: refrag.IndexConfig, models: refrag.ReaderConfig,
         runtime: refrag.RuntimeConfig) -> None:
     with contextlib.ExitStack() as held:
         if bench.out_dir is not None:
             held.enter_context(refrag.run_folder(Path(bench.out_dir), True, BENCH_FILES, "bench.json"))
+        if bench.task == "train":
+            result = bench_training(bench, models, runtime)
+            if bench.out_dir is not None:
+                refrag.write_atomic(Path(bench.out_dir) / "bench.json", json.dumps(result, indent=1) + "\n")
+            columns, rows = list(result["rows"][0]), [[*row.values()] for row in result["rows"]]
+            refrag.emit(result, runtime, markdown_table(columns, rows))
+            return
         benchmark = load_benchmark(bench, index, models, runtime)
         for done in benchmark.rounds(runtime.seed):
             if bench.out_dir is not None:  # an interrupted run keeps its finished rounds

@@ -24,6 +24,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 import refrag
+from refrag_extras import reports
 
 RESAMPLES = 2000  # of the bootstrap
 ONE_P = {"full": (1.0,), "none": (0.0,)}  # modes that no p changes
@@ -379,7 +380,7 @@ class QaTask(QuestionTask):
         return "\n\n".join(tables)
 
     def pictures(self, folder: Path, found: Lines, summary: dict[str, Any]) -> None:
-        refrag.save_figure(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
+        reports.save_figure(folder / "quality.png", 1, (8, 5), lambda axes: paint_quality(axes, summary["results"]))
         rows = [(q, found.get((q["id"], *self.sample), {})) for q in self.questions]
         if rows := [(q, line) for q, line in rows if "prompt" in line]:
             refrag.write_atomic(folder / "sample.md", sample_text(refrag.sample_evenly(rows, SAMPLES), self.sample[1]))
@@ -553,12 +554,12 @@ class TextTask(Task):
     def load(self) -> None:
         options, files = self.options, ", ".join(self.options.texts)
         self.model = refrag.load_model(self.models, self.runtime).to(self.accelerator.device)
-        self.cache = refrag.cache_tokens(options.texts, self.model.encoder.tokenizer)
-        windows = self.cache.windows(self.size, self.size)
-        refrag.require(len(windows) > 1, f"--texts {files}: needs two pieces of {self.size} tokens at least: lower "
+        self.texts = refrag.Texts(options.texts, self.model.encoder.tokenizer, self.size, self.size)
+        refrag.require(len(self.texts) > 1, f"--texts {files}: needs two pieces of {self.size} tokens at least: lower "
                 "--context_tokens or --next_tokens")
-        self.windows = np.asarray(refrag.sample_evenly(windows, options.limit))
-        refrag.require("wrong_vectors" not in self.modes or len(set(self.windows[:, 0].tolist())) > 1,
+        self.numbers = refrag.sample_evenly(range(len(self.texts)), options.limit)
+        self.owners = self.texts.windows[self.numbers, 0].tolist()  # the text of each
+        refrag.require("wrong_vectors" not in self.modes or len(set(self.owners)) > 1,
                 f"--texts {files}: one text alone has pieces of {self.size} tokens, and "
                 "wrong_vectors needs another's: give a second text, as long" + self.without_wrong)
 
@@ -574,7 +575,7 @@ class TextTask(Task):
 
     def control(self, sequences: list[refrag.TrainingSequence], mode: str) -> list[refrag.TrainingSequence]:
         names = {"refrag": "vectors", "none": "none", "wrong_vectors": "wrong", "full": "full"}
-        made = refrag.control(names[mode], sequences, [frozenset([text]) for text in self.windows[:, 0].tolist()])
+        made = refrag.control(names[mode], sequences, [frozenset([text]) for text in self.owners])
         refrag.require(bool(made), f"--modes {mode}: needs a decoder with a start token")
         return made
 
@@ -609,13 +610,13 @@ class PplTask(TextTask):
         return self.options.context_tokens + self.options.next_tokens
 
     def sequences(self, mode: str, k: int) -> list[refrag.TrainingSequence]:
-        made = [self.compressed(window, k, mode == "truncate") for window in self.windows]
+        made = [self.compressed(number, k, mode == "truncate") for number in self.numbers]
         return made if mode == "truncate" else self.control(made, mode)
 
-    def compressed(self, window: np.ndarray, k: int, truncate: bool) -> refrag.TrainingSequence:
+    def compressed(self, number: int, k: int, truncate: bool) -> refrag.TrainingSequence:
         """A window's first tokens as vectors and then the rest; truncate: the same from as many of the last tokens."""
-        encoder, (ids, cuts, _) = self.model.encoder, self.cache.read(window)
-        context, cuts, following = refrag.split_text(ids, cuts, self.options.context_tokens)
+        encoder = self.model.encoder
+        context, cuts, following = self.texts.read(number).split(self.options.context_tokens)
         content = encoder.content_of_tokens(context, cuts, k)
         plan, start = refrag.all_vectors(encoder, content), refrag.opening(encoder.tokenizer.decoder)
         if not truncate:
@@ -652,8 +653,8 @@ class ReconTask(TextTask):
         return self.options.context_tokens
 
     def sequences(self, mode: str, k: int) -> list[refrag.TrainingSequence]:
-        texts = [self.cache.read(window) for window in self.windows]
-        return self.control([refrag.reconstruction(self.model.encoder, ids, cuts, k) for ids, cuts, _ in texts], mode)
+        texts = [self.texts.read(number) for number in self.numbers]
+        return self.control([refrag.reconstruction(self.model.encoder, t.ids, t.cuts, k) for t in texts], mode)
 
     def lines(self, unit: Any, done: set[Key]) -> Iterator[dict[str, Any]]:
         mode, _ = unit
@@ -675,9 +676,9 @@ class ReconTask(TextTask):
         context = sequence.plan[: len(sequence.plan) - asked + 1]
         before = refrag.continue_plan(context, sequence.labels[-1:], sequence.content)
         with self.accelerator.autocast():
-            batch = refrag.checked_batch(self.model, [before])
+            batch = refrag.checked_batch([before], self.model.window).to(device)
             inputs, _, _ = self.model.embed(batch.plan, batch.chunk_ids, batch.sizes, self.model.chunk_states(batch))
-            logits, state = refrag.prefill(decoder, [inputs[0]])
+            logits, state = refrag.prefill(decoder, [inputs])
             [out], _ = refrag.decode(decoder, logits, state, max_new=asked, watch=refrag.Stopwatch(device),
                               stops=refrag.stop_tokens(decoder, self.model.encoder.tokenizer.decoder),
                               pick=lambda logits: logits.argmax(-1))

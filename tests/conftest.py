@@ -1,5 +1,6 @@
 """Tiny random models and tokenizers, made here, so that the tests need no network and no installed model."""
 
+import functools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from writers import ROOT, STARTS, files, finished, forks, line, mount  # noqa: F
 sys.path.insert(0, str(ROOT))
 
 import refrag
+from refrag_extras import cpu_engine
 from refrag_extras import index as writing
 
 torch.set_num_threads(1)
@@ -196,6 +198,23 @@ def embedder(tmp_path_factory, bert) -> Path:
 @pytest.fixture(scope="session")
 def other_embedder(tmp_path_factory, bert) -> Path:
     return save_embedder(tmp_path_factory.mktemp("other-embedder") / "model", bert, seed=2)
+
+
+SHARED: dict[object, object] = {}  # see `shared`
+
+
+@pytest.fixture
+def shared(monkeypatch) -> None:
+    """Commands that only read the bundled models load them once for all tests. The phases have a ModelConfig."""
+
+    def once(load, what, how, *more):
+        place = (what, getattr(how, "device", how), getattr(how, "dtype", None))
+        if type(what) is refrag.ModelConfig:
+            return load(what, how, *more)
+        return SHARED[place] if place in SHARED else SHARED.setdefault(place, load(what, how, *more))
+
+    for owner, name in ((refrag, "load_embedder"), (refrag, "load_model"), (cpu_engine, "make_stepper")):
+        monkeypatch.setattr(owner, name, functools.partial(once, getattr(owner, name)))
 
 
 @pytest.fixture

@@ -27,8 +27,6 @@ def asked(**wrong: object) -> list[dict]:
     return [*ASKED, {"question": "What?", "answers": ["bronze"], "positive_ids": ["b"]} | wrong]
 
 
-# ---- Files ----------------------------------------------------------------------------------------------------------
-
 CORPORA = [
     ("c.txt", b"", "no passages in it"), ("c.txt", b"\n \r\n\t\n\n", "no passages in it"),
     ("c.jsonl", b"", "no passages in it"), ("c.txt", b"good\nb\xffd\n", r"c\.txt:2: invalid UTF-8: "),
@@ -141,8 +139,6 @@ def test_what_was_wrong_with_the_input_is_counted(done, line, write, tmp_path, e
     assert (result["passages"], result[counted]) == (passages, 1)
 
 
-# ---- Options --------------------------------------------------------------------------------------------------------
-
 OPTIONS = [  # command, options, message; the exit code is 2
     ("index", "--corpus nowhere.txt", "--corpus nowhere.txt: no such file or folder"),
     *((how, "--corpus nowhere.txt", "--corpus nowhere.txt: no such file or folder") for how in ("add", "sync")),
@@ -219,8 +215,6 @@ def test_what_must_be_named_is_asked_for(refused, command, tmp_path, name, flag)
     assert f"{flag} is missing" in refused(2, *argv) and not (tmp_path / "out").exists()
 
 
-# ---- Folders --------------------------------------------------------------------------------------------------------
-
 FOREIGN = {"index": ["thesis.tex", "gen-1.txt", "my-gen-1", "manifest.json.bak"], "eval": ["thesis.tex"],
            "cpt_recon": ["thesis.tex", "step-last", "my-run.json", "model.safetensors"], "train_gate": ["x"],
            "export": ["x"]}
@@ -267,8 +261,6 @@ def test_a_read_only_folder_is_refused_before_any_work(run, refused, finished, m
         if name == "cpt_recon":
             assert run(*line(name, tmp_path / "next", "--steps", 1, "--load_dir", locked))[0] == 0
 
-
-# ---- Models, indexes and checkpoints that do not belong together ----------------------------------------------------
 
 @pytest.mark.parametrize(("name", "options"), [
     ("cpt_recon", "--dec"), ("cpt_recon", "--enc"), ("align", "--dec"), ("eval", "--dec"), ("bench", "--dec"),
@@ -333,8 +325,6 @@ def test_what_is_no_checkpoint(refused, command, finished, llama, write, tmp_pat
         assert f"--load_dir {path}" in (message := refused(2, *argv)) and told in message
 
 
-# ---- Losses that are no numbers -------------------------------------------------------------------------------------
-
 @pytest.fixture
 def ill(llama, tmp_path) -> Path:
     """A decoder with one weight that is no number."""
@@ -378,8 +368,6 @@ def test_texts_without_an_anchor_inside(refused, done, command, write, bert, tex
     mixed = write("mixed.jsonl", [{"text": text}] * 9 + [{"text": LONG}])
     assert done(*argv, "--train_json", mixed, "--batch_size", 1)["steps"] == 5
 
-
-# ---- Odd input that is good -----------------------------------------------------------------------------------------
 
 SPECIAL = "end<|im_end|>of [SEP] a [MASK] line <|endoftext|>"
 

@@ -73,8 +73,6 @@ def trial(mode: str, ttft: list[float], k: int | None = None, p: float | None = 
     return bench.Trial(setting, None, None, None, runs, {"peak_rss_mb": 70.0, "peak_device_mb": None})
 
 
-# ---- Numbers --------------------------------------------------------------------------------------------------------
-
 def test_answers_made_together_share_the_prefill_alone_and_the_theoretical_ratio():
     """A quarter of the tokens as text and a sixteenth of the rest: 1 / (.25 + .75 / 16) = 1 / .296875."""
     assert [bench.theoretical_ratio(16, p) for p in (0.25, 0.0, 1.0)] == pytest.approx([1 / 0.296875, 16, 1])
@@ -105,8 +103,6 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios():
     assert row["ttit_s"] is row["tokens_per_s"] is row["ttit_ratio"] is None
     assert bench.bench_cells(row)["TTIT ms"] == bench.bench_cells(row)["tokens/s"] == "-"
 
-
-# ---- Rounds ---------------------------------------------------------------------------------------------------------
 
 def test_known_times_give_known_rows(run_bench, clock):
     """Each combination once, though some are named twice."""
@@ -159,8 +155,6 @@ def test_batches_are_timed_beside_each_other(run_bench, clock):
         assert row["ttft_ratio"] == pytest.approx(full["positions"] / row["positions"], abs=1e-5)
 
 
-# ---- What fits ------------------------------------------------------------------------------------------------------
-
 def test_a_context_is_filled_with_whole_passages(run_bench, index_dir, llama, monkeypatch):
     """No passage more would fit, though the search begins with one. The oracle counts tokens, best passage first."""
     monkeypatch.setattr(refrag.SearchConfig, "topk", 1)
@@ -208,8 +202,6 @@ def test_what_exceeds_the_window_is_left_out_and_told(run_bench, refused, argv, 
     assert f"{result['left_out'][0]}\n" in err
 
 
-# ---- Stored vectors -------------------------------------------------------------------------------------------------
-
 def test_stored_vectors_serve_the_multiples_of_their_k(run_bench, monkeypatch):
     """k = 4 is stored. k = 6 is none of its multiples: its vectors are made in each run, and that is told."""
     encoded, encode = [], refrag.ChunkEncoder.encode
@@ -241,8 +233,6 @@ def test_all_text_reads_no_vectors_and_no_end_token_stops_a_run(run_bench, monke
     assert (row["stored_vectors"], row["positions"], row["theoretical_ratio"]) == (None, full["positions"], 1)
     assert "no vectors that serve it" not in err
 
-
-# ---- The result -----------------------------------------------------------------------------------------------------
 
 def test_the_result_has_the_promised_names(run_bench, index_dir):
     result, _ = run_bench("--repeats", 1)
@@ -317,7 +307,34 @@ def test_people_get_a_table(run, argv):
     assert any(line.startswith("- --contexts 100000 left out") for line in lines)
 
 
-# ---- Helpers of section 4 -------------------------------------------------------------------------------------------
+def test_a_layers_products_are_counted(monkeypatch):
+    """y = x W forward, dW = x' dy and dx = dy W' backward, the first of them twice."""
+    x, w = torch.ones(5, 3, requires_grad=True), torch.ones(3, 7, requires_grad=True)
+    with bench.Products() as products:
+        (x @ w).sum().backward()
+        torch.mm(x.detach(), w.detach()) + 1
+    shapes = {tuple(shape for shape, *_ in factors): count for factors, count in products.seen.items()}
+    assert shapes == {((5, 3), (3, 7)): 2, ((3, 5), (5, 7)): 1, ((5, 7), (7, 3)): 1}
+    seconds = iter([9, 2, 5, 1, 9, 2, 9, 4])  # the least of two for each, the first counts twice
+    monkeypatch.setattr(bench, "timed", lambda device, work: work() is None or next(seconds))
+    assert products.seconds(torch.device("cpu"), 1) == 2 * 2 + 1 + 2
+
+
+@pytest.mark.parametrize("options", [[], ["--lora_r", 2, "--dtype", "bfloat16"]], ids=["full", "lora"])
+def test_a_step_of_training_is_timed(done, llama, tmp_path, options):
+    """A start, the vectors, the mark and the text but for its last token, of each text."""
+    out = tmp_path / "out"
+    result = done("bench", "--task", "train", "--dec", llama, "--enc", "decoder:2", "--contexts", 24, "--k", "4,8",
+                  "--batch_size", 2, "--repeats", 1, "--out_dir", out, *options)
+    mark = len(refrag.load_tokenizer(str(llama))(refrag.RECONSTRUCT)["input_ids"])
+    assert [(row["k"], row["positions"]) for row in result["rows"]] == [
+        (k, 2 * (1 + 24 // k + mark + 24 - 1)) for k in (4, 8)]
+    for row in result["rows"]:
+        assert 0 < row["products_s"] < row["step_s"]
+        assert row["products_share"] == pytest.approx(row["products_s"] / row["step_s"], abs=1e-3)
+        assert row["positions_per_s"] == pytest.approx(row["positions"] / row["step_s"], rel=1e-3)
+    assert json.loads((out / "bench.json").read_text())["rows"] == result["rows"]
+
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system keeps the peak of memory")
 def test_the_peak_of_memory_begins_anew(monkeypatch):

@@ -28,8 +28,6 @@ HEAVY = ("torch", "transformers", "numpy", "faiss", "bm25s", "filelock", "senten
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals, pipes and names")
 
 
-# ---- The shape of the file ------------------------------------------------------------------------------------------
-
 def section_of(node: ast.AST) -> int:
     """The number of the section a top-level statement stands in; 0 before the first banner."""
     return max((number for number, (line, _) in SECTIONS.items() if line <= node.lineno), default=0)
@@ -82,8 +80,6 @@ def test_a_section_uses_only_names_of_its_own_and_earlier_sections():
                    for m in (*(a.name for a in n.names), getattr(n, "module", ""))}
         assert section_of(node) == 2 or isinstance(node, ast.FunctionDef | ast.ClassDef) or not modules & set(HEAVY)
 
-
-# ---- Before the heavy imports ---------------------------------------------------------------------------------------
 
 @pytest.fixture
 def without_heavy(tmp_path, program):
@@ -147,8 +143,6 @@ def test_ctrl_c_while_the_libraries_load(tmp_path, program, start):
     assert json.loads(done.stdout)["error"]["code"] == 130
 
 
-# ---- Flags ----------------------------------------------------------------------------------------------------------
-
 def value_of(name: str, argv: list[str]) -> object:
     return next(getattr(config, name) for config in refrag.parse(argv)[1] if hasattr(config, name))
 
@@ -199,8 +193,6 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(run, argv, told):
     assert (code, out) == (2, "") or "--json" in argv
     assert err.startswith("error: ") and err.count("\n") == 1 and told in err
 
-
-# ---- Flag, environment, file, default -------------------------------------------------------------------------------
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch):
@@ -293,8 +285,6 @@ def test_every_option_can_be_set_in_a_file(toml, name):
     assert refrag.parse([name, "--config", toml(text)])[1][:-1] == expected[1][:-1]
 
 
-# ---- Results and errors ---------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize(("argv", "code"), [
     (["search", "--topk", "0"], 2), (["search", "--tpk", "3"], 2), ([], 2),
     (["export", "--out_dir", "x" * 300, "--question", "q"], 2),  # it cannot even be looked at
@@ -336,8 +326,6 @@ refrag.leave(7)
     assert (done.returncode, done.stdout, done.stderr) == (7, "half a line", "and here")
     assert [path.name for path in tmp_path.iterdir()] == ["mark"]
 
-
-# ---- Streams whose reader has gone, or that were closed, and odd surroundings ---------------------------------------
 
 def unread(stream: str, *argv: object, unbuffered: str = "") -> tuple[int, str]:
     """Exit code and other stream of the program, when nobody reads its stdout or stderr any more, as with `| head`."""
@@ -405,8 +393,6 @@ def test_names_that_are_no_utf8_and_a_current_folder_that_is_gone(tmp_path, monk
     monkeypatch.chdir(tmp_path)
 
 
-# ---- What a terminal is shown ---------------------------------------------------------------------------------------
-
 HOSTILE = "\x1b[2Jred\x07 \u202eevil\u2066 \x9b31m\r\u200f\u2028end\x00"
 SHOWN = "\\x1b[2Jred\\x07 \\u202eevil\\u2066 \\x9b31m\\r\\u200f\\u2028end\\x00"
 
@@ -453,8 +439,6 @@ def test_people_are_shown_control_characters_and_json_keeps_them(run, hostile, l
     assert code == 0 and obeyed(out + err) == set()
     assert "title bridges \\x1b[2J" in err and "/x\\x1b[2J: no such" in err
 
-
-# ---- TREC -----------------------------------------------------------------------------------------------------------
 
 def trec(*results: tuple[str, list[str]]) -> str:
     """The TREC run of questions, each with the ids of its documents, best first."""

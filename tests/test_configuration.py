@@ -24,8 +24,8 @@ NEEDED = {"corpus": ("a.txt",), "text": "a", "train_json": (__file__,), "rag_jso
 
 def make(cls: type, **values: object) -> object:
     needed = {f.name: NEEDED[f.name] for f in dataclasses.fields(cls) if f.metadata["needed"] or f.name == "qa"}
-    if cls is refrag.SftConfig:
-        needed["rag_json"] = __file__
+    if cls in (refrag.SftConfig, refrag.MixConfig):
+        needed |= {"rag_json": __file__} | ({"train_json": (__file__,)} if cls is refrag.MixConfig else {})
     return cls(**needed | values)
 
 
@@ -36,8 +36,6 @@ def options(keep=lambda f: True) -> list:
 def several(f: dataclasses.Field) -> bool:
     return isinstance(f.default, tuple)
 
-
-# ---- Options --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", refrag.COMMANDS)
 def test_a_command_defines_every_option_once_and_has_the_common_ones(name):
@@ -63,8 +61,6 @@ def test_like_repeats_help_checks_and_default_unless_another_is_given():
     assert (k.default, k.metadata) == (theirs["gate"].default, theirs["gate"].metadata)
     assert floor.default == 0 != theirs["floor"].default and floor.metadata == theirs["floor"].metadata
 
-
-# ---- Checks, by what each option says of itself ---------------------------------------------------------------------
 
 def refused(cls: type, **values: object) -> str:
     """The message with which values are refused, one line that names the flag of the first."""
@@ -123,8 +119,6 @@ def test_what_is_needed_is_given(cls, f):
     assert refused(cls, **{f.name: () if several(f) else None}) == f"--{f.name}{hint}"
 
 
-# ---- Checks across options ------------------------------------------------------------------------------------------
-
 PPL = {"task": "ppl", "texts": (__file__,)}
 BAD = [  # class, values that break a check, what the message tells
     (refrag.CorpusConfig, {"corpus": ("-", "a.txt", "-")}, "standard input twice"),
@@ -133,6 +127,11 @@ BAD = [  # class, values that break a check, what the message tells
     (refrag.GenerateConfig, {"stop": ("x", "")}, "empty"),
     *((refrag.TrainConfig, {"train": letters}, "letters of ped") for letters in ("x", "pd e", "P")),
     (refrag.TrainConfig, {"k": (4, 32), "seq_tokens": 31}, "32 is larger than --seq_tokens 31"),
+    *((refrag.MixConfig, {"mix": mix}, f"--mix {mix}: write shares of recon, next, cloze, qa, like recon=.4,qa=.6")
+      for mix in ("qa", "qa=", "qa=x", "gate=1", "qa=-1,recon=2", "qa=0", "qa=inf", "qa=nan", "qa=1,")),
+    (refrag.MixConfig, {"mix_end": "align=1"}, "--mix_end align=1: write shares of"),
+    (refrag.MixConfig, {"rag_json": None}, "--rag_json is missing: the mixture has qa"),
+    (refrag.MixConfig, {"train_json": ()}, "--train_json is missing: the mixture has lessons over texts"),
     (refrag.EvalConfig, {"qa": None}, "--qa is missing"),
     *((refrag.EvalConfig, {"texts": (), "task": task}, "--texts is missing") for task in ("ppl", "recon")),
     (refrag.EvalConfig, {"modes": ("full", "fulll")}, "--modes fulll: --task qa knows full, refrag, none"),
@@ -154,6 +153,8 @@ GOOD = [
     (refrag.GenerateConfig, {"resume": True, "out": "answers.jsonl"}),
     (refrag.BenchConfig, {"out_dir": ROOT}),
     (refrag.TrainConfig, {"k": (1, 64), "seq_tokens": 64, "train": "dep"}),
+    (refrag.MixConfig, {"mix": "qa=1", "train_json": ()}),
+    (refrag.MixConfig, {"mix": "cloze=2, next=1", "rag_json": None}),
     (refrag.EvalConfig, {"resume": True, "out_dir": "out", "modes": ("full,none", "refrag")}),
     (refrag.EvalConfig, {**PPL, "qa": None, "k": (4, 64), "context_tokens": 64}),
     (refrag.ServeConfig, {"cors": ("https://a.b:8080", "chrome-extension://abc")})]
@@ -177,8 +178,6 @@ def test_every_check_has_a_row_above(cls):
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "require"]
     assert len({told for c, _, told in BAD if c is cls}) >= len(calls)
 
-
-# ---- Exit codes -----------------------------------------------------------------------------------------------------
 
 CODES = {refrag.RefragError: 1, refrag.UserError: 2, refrag.MissingError: 3, refrag.CorruptError: 4,
          refrag.MismatchError: 5, refrag.ExhaustedError: 6, refrag.LockedError: 75}

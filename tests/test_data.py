@@ -54,8 +54,6 @@ def stdin(monkeypatch):
     return lambda raw: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
 
 
-# ---- Text, one passage per line -------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("name", ["c.txt", "c.txt.gz"])
 def test_text_lines_are_passages_with_file_and_line_as_ids(write, tmp_path, name):
     got = read(write(name, f"one\n\n  \t \nfour {CJK}\n"))
@@ -97,8 +95,6 @@ def test_the_limit_counts_records_over_all_files_and_leaves_the_rest_unread(writ
     assert got.ids == [".notes/a.txt", "a.txt:1", "a.txt:3", "b.txt:1"] and got.texts[0] == "whole\ndocument\n"
 
 
-# ---- JSON lines -----------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.ndjson", "c.JSONL", "c.txt", "c.json", "C.TXT.GZ", "c"])
 def test_json_lines_under_any_name(write, name):
     rows = [{"id": "a", "title": "A", "text": f"one {CJK}\U0001f600\nsecond line"}, {"text": "no id"},
@@ -129,8 +125,6 @@ def test_a_bad_record_is_refused_with_file_and_line_or_skipped_and_counted(write
     got = read(path, errors="skip")
     assert (got.texts, got.skipped, got.replaced) == (["good", "last"], 1, 0)
 
-
-# ---- Invalid UTF-8 --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("before", "bad"), [
     (b"", b"\xff"), (b"ab", b"\xffcd"), ("first é\nab".encode(), b"\xff"), (b"first\r\n\r\nthird ", b"\xe9t\xe9"),
@@ -173,8 +167,6 @@ def test_invalid_utf16_is_refused_skipped_or_replaced(write, name, order, half):
     assert got.texts[0] == "one" and got.texts[1].startswith("b\ufffd") and got.texts[2] == "last\ufffd"
 
 
-# ---- Gzip -----------------------------------------------------------------------------------------------------------
-
 def damaged_gzip(how: str) -> bytes:
     raw = bytearray(gzip.compress("".join(f"passage {i * i}\n" for i in range(2000)).encode(), mtime=0))
     if how == "truncated":
@@ -195,8 +187,6 @@ def test_a_damaged_gzip_file_is_corrupt(tmp_path):
             read(tmp_path / f"{how}.txt.gz")
 
 
-# ---- Arrays, objects and prose --------------------------------------------------------------------------------------
-
 RECORDS = [{"id": "a", "text": "one\n\ntwo", "year": 1990}, {"contents": "three"}]
 
 
@@ -210,21 +200,15 @@ def test_an_array_of_objects_or_one_object(write, name, indent):
         where=str(write("one.json", "x")) + ":1", metadata={"path": "one.json", "year": 1990})
 
 
-@pytest.mark.parametrize("text", [
-    "{ is a brace", "[1] Smith, J.: On bells", "[![badge](a.svg)](b)\n# Title", '{"half": "an object"', "[1, 2]", "[]x",
-    '"text": 1', "null", "{}x"])
-def test_prose_that_begins_like_json_stays_prose(write, text):
-    assert read(write("c.txt", f"{text}\nmore\n")).texts == [*text.split("\n"), "more"]
-
-
-@pytest.mark.parametrize(("text", "told"), [
-    ("{ broken\n", ":1: malformed JSON"), ("plain\n", ":1: malformed JSON"),
-    ('["a", "b"]', ":1: expected a JSON object, got str"),
-    ('[{"text": "a"}, 3]', ":2: expected a JSON object, got int"), ('[{"text": "a"}, {"x": 1}]', ":2: no text")])
-@pytest.mark.parametrize("name", ["c.json", "c.NDJSON"])
-def test_what_a_suffix_calls_json_is_never_prose(write, name, text, told):
-    path = write(name, text)
-    assert fault(path).startswith(f"{path}{told}")
+def test_prose_that_begins_like_json_stays_prose_unless_a_suffix_calls_it_json(write):
+    for text in ("{ is a brace", "[1] Smith, J.: On bells", "[![badge](a.svg)](b)\n# Title", '{"half": "an object"',
+                 "[1, 2]", "[]x", '"text": 1', "null", "{}x"):
+        assert read(write("c.txt", f"{text}\nmore\n")).texts == [*text.split("\n"), "more"]
+    for text, told in (("{ broken\n", ":1: malformed JSON"), ("plain\n", ":1: malformed JSON"),
+                       ('["a", "b"]', ":1: expected a JSON object, got str"),
+                       ('[{"text": "a"}, 3]', ":2: expected a JSON"), ('[{"text": "a"}, {"x": 1}]', ":2: no text")):
+        for path in (write("c.json", text), write("c.NDJSON", text)):
+            assert fault(path).startswith(f"{path}{told}")
 
 
 @pytest.mark.parametrize(("record", "identifier", "text", "metadata"), [
@@ -239,8 +223,6 @@ def test_the_fields_of_a_record(write, record, identifier, text, metadata):
     assert (got.id, got.text) == (identifier, text)
     assert got.metadata == {"path": "c.jsonl"} | metadata
 
-
-# ---- Tables ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("name", "separator"), [("c.csv", ","), ("c.TSV", "\t"), ("c.Csv.gz", ";")])
 def test_a_table_with_a_header(write, name, separator):
@@ -271,8 +253,6 @@ def test_a_table_that_can_not_be_read_and_bad_rows_of_one(write):
     assert (got.texts, got.ids, got.skipped) == (["a", "d"], ["c.csv:2", "c.csv:6"], 3)
 
 
-# ---- Ids ------------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize(("named", "inside", "ids"), [
     (["a/notes.txt", "b/notes.txt", "b/a/notes.txt"], [""] * 3, ["notes.txt:1", "b/notes.txt:1", "a/notes.txt:1"]),
     (["c", "d/c", "e"], ["README.md"] * 3, ["c/README.md", "d/c/README.md", "e/README.md"]),
@@ -294,8 +274,6 @@ def test_a_source_keeps_its_label(write, tmp_path, monkeypatch):
     again = read("../c/part.jsonl", "part.jsonl", "../b/../a/part.jsonl", sources=got.sources)
     assert again.ids == ["c/part.jsonl:1", "b/part.jsonl:1", "part.jsonl:1"] and again.sources == got.sources
 
-
-# ---- Folders --------------------------------------------------------------------------------------------------------
 
 def test_a_folder_holds_a_document_per_text_file_and_records(write, tmp_path, capsys):
     for name, content in {
@@ -369,8 +347,6 @@ def test_a_file_without_permission_is_left_out(write, tmp_path, capsys, monkeypa
     assert read(tmp_path / "docs").texts == ["good"] and "Permission denied" in capsys.readouterr().err
 
 
-# ---- Standard input -------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize(("content", "found"), [
     (b"one\r\n\n" + CJK.encode() + b"\n", {"stdin:1": "one", "stdin:3": CJK}),
     (b'one\n{"id": "a"}\n', {"stdin:1": "one", "stdin:2": '{"id": "a"}'}),  # only the first line tells
@@ -385,8 +361,6 @@ def test_standard_input(stdin, content, found):
     stdin(b'{"id": "a", "text": "one"}\nbroken\n')
     assert fault("-").startswith("stdin:2: malformed JSON")
 
-
-# ---- Splitting ------------------------------------------------------------------------------------------------------
 
 @st.composite
 def tokenised(draw):
@@ -444,8 +418,6 @@ def test_a_piece_ends_after_a_sentence_in_its_last_quarter(text, size, overlap, 
     assert split_spans(letters, ends, 8, 0) == [(0, 7), (7, 15)]
 
 
-# ---- Questions ------------------------------------------------------------------------------------------------------
-
 def ask(question: str | None = None, questions: object = None) -> list[dict]:
     return refrag.read_questions(refrag.QuestionConfig(question, None if questions is None else str(questions)))
 
@@ -492,8 +464,6 @@ def test_a_bad_question_is_refused_with_its_place(write, stdin, line, told):
     stdin(content.encode())
     assert told[:2] == ": " or f"stdin{told}" in fault(by=ask, questions="-")
 
-
-# ---- Names of files -------------------------------------------------------------------------------------------------
 
 def test_a_part_of_a_folder_is_read_once_in_any_order_and_keeps_its_ids(write, tmp_path, monkeypatch):
     """Named by itself later, it is that folder's document and replaces it; what was a source of its own stays one."""

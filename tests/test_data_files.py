@@ -57,8 +57,6 @@ def world():
     return make_corpus.make_world(1337)
 
 
-# ---- The generated files ---------------------------------------------------------------------------------------------
-
 def test_corpora_are_generated_again_have_their_sizes_are_prefixes_and_repeat_nothing(tmp_path, corpora):
     make_corpus.main(["--out_dir", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(GENERATED)
@@ -99,8 +97,6 @@ def test_articles_are_long_unique_and_about_things_in_no_corpus(world):
     assert not known & {word for article in articles for word in re.findall(r"\w+", article["text"])}
 
 
-# ---- The generator at other sizes ------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("size", [10, 20_000])
 def test_every_fact_is_in_one_passage_only(world, size):
     passages = [make_corpus.make_passage(world, index) for index in range(size)]
@@ -129,8 +125,6 @@ def test_a_bad_option_is_named_and_nothing_is_written(tmp_path, capsys, option, 
         assert all(answer in text for answer in question["answers"])
     assert (tmp_path / "cpt_train.jsonl").read_bytes() == b""
 
-
-# ---- The real sample -------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def wiki():

@@ -207,7 +207,7 @@ class TestMeasurements:
 
 
 @pytest.mark.models
-def test_the_python_interface_works_as_documented(tmp_path, monkeypatch, capsys):
+def test_the_python_interface_works_as_documented(tmp_path, shared, monkeypatch, capsys):
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/API.md").read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(ROOT / "data")

@@ -25,8 +25,6 @@ PROPERTIES = ('<cp:coreProperties xmlns:cp="{0}/package/2006/metadata/core-prope
               'elements/1.1/"><dc:title>{1}</dc:title></cp:coreProperties>')
 
 
-# ---- Files ----------------------------------------------------------------------------------------------------------
-
 def pdf(*pages: str, title: str = "", locked: bool = False) -> bytes:
     """A PDF file with a line of text on each page; locked: no password opens it."""
     kids = " ".join(f"{4 + 2 * n} 0 R" for n in range(len(pages)))
@@ -143,8 +141,6 @@ def read(*paths: object, **options: object) -> tuple[list[refrag.Record], dict[s
     return list(read_corpus(refrag.CorpusConfig(tuple(map(str, paths)), **options), counts)), counts
 
 
-# ---- Text, titles and marks -----------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("name", FILES)
 def test_a_document_says_where_each_part_of_it_begins(write, name):
     [[got], _] = read(write(name, FILES[name]))
@@ -218,8 +214,6 @@ def test_marks_of_any_markdown_ascend_and_lie_outside_of_fences(lines):
     assert marks == sorted(marks) and (fronted or [n for n in marks if text[n] == "#"] == expected)
 
 
-# ---- Pieces ---------------------------------------------------------------------------------------------------------
-
 def test_the_facts_of_a_piece_are_those_of_its_first_and_last_character():
     """What comes before the first heading has none. A piece begins and ends with a character that is seen."""
     marks = [(0, {"page": 1}), (7, {"page": 2}), (12, {"page": 4})]
@@ -248,8 +242,6 @@ def test_the_source_of_a_passage(identifier, metadata, source):
     passage = refrag.Passage(0, identifier, 2, "", "text", json.dumps(metadata) if metadata else "")
     assert passage.source == passage.to_json()["source"] == source
 
-
-# ---- Damage ---------------------------------------------------------------------------------------------------------
 
 LOCK = {"META-INF/encryption.xml": "<encryption>book/chapter 0.xhtml</encryption>"}
 BROKEN = {
@@ -288,8 +280,6 @@ def test_a_broken_document_is_named_and_skipped_or_ends_the_run(write, name, cap
         assert err.startswith(f"skipped: {path}") and told in err and err.count("\n") == 1
 
 
-# ---- Without the extra ----------------------------------------------------------------------------------------------
-
 def test_without_the_extra_a_folder_names_what_it_lacks(write, refused, tmp_path, monkeypatch, capsys):
     """One of its libraries is not installed. A document that is named ends the run."""
     monkeypatch.setitem(sys.modules, "pypdfium2", None)
@@ -308,8 +298,6 @@ def test_without_the_extra_a_folder_names_what_it_lacks(write, refused, tmp_path
         assert told.endswith("documents are missing: pip install 'refrag[docs]'") and name in told
     assert not (tmp_path / "index").exists()
 
-
-# ---- In an index ----------------------------------------------------------------------------------------------------
 
 def test_an_index_follows_its_documents_and_cites_them_by_page(write, done, run, tmp_path, llama):
     """Sync twice: the second does nothing. A PDF that got shorter leaves nothing behind."""

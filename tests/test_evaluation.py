@@ -272,8 +272,6 @@ class TestScores:
         assert made["ttft_s"] == 1.0 and made["ttit_s"] is None
 
 
-# ---- The tasks ------------------------------------------------------------------------------------------------------
-
 def test_qa_has_the_promised_form_and_is_the_same_in_batches_or_not(run_eval):
     options = ["--modes", ",".join(refrag.EVAL_MODES["qa"]), "--p", 0, 0.3, "--limit", 2, "--batch_size"]
     first, second = (run_eval(*options, size) for size in (1, 2))
@@ -422,8 +420,6 @@ def test_texts_resume_by_k_and_mode(done, run, probe, tmp_path):
     assert run(*probe("ppl", *more, "--out_dir", out, "--resume", "--context_tokens", 20))[0] == 5
 
 
-# ---- Folder, resuming, report ---------------------------------------------------------------------------------------
-
 OPTIONS = ["--modes", "full", "refrag", "expanded_only", "wrong_vectors", "--p", 0, 0.3, "--batch_size", 2]
 
 
@@ -491,8 +487,6 @@ def test_two_processes_give_the_results_of_one(forks, argv, tmp_path):
     assert lines_of(tmp_path / "two") == lines_of(tmp_path / "one")
     assert not list((tmp_path / "two").glob("questions-*"))
 
-
-# ---- Questions without an answer ------------------------------------------------------------------------------------
 
 UNANSWERABLE = [{"id": "none", "question": "Who won the games?", "answers": []},
                 {"id": "near", "question": "When does the Ebro flood?", "answers": [], "positive_ids": ["d"]}]

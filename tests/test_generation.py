@@ -515,7 +515,7 @@ SHORT = [  # passages as a newcomer writes them, with a question each
 
 @pytest.mark.models
 @pytest.mark.parametrize(("first", "last"), [(0, 1), (1, 5), (0, 8)])
-def test_short_corpora_are_read_by_default(tmp_path, pipeline, first, last):
+def test_short_corpora_are_read_by_default(tmp_path, shared, pipeline, first, last):
     """One to eight passages of a line, the default settings: every answer is right and cites its passage."""
     facts = SHORT[first:last]
     (tmp_path / "notes.txt").write_text("".join(f"{text}\n" for text, _, _ in facts), encoding="utf-8")
@@ -535,7 +535,7 @@ def test_short_corpora_are_read_by_default(tmp_path, pipeline, first, last):
 class TestBundledModels:
     def test_p1_is_the_chat_template_over_the_full_text(self, pipeline):
         item = {"id": "1", "question": "Who wrote De Materia Medica?"}
-        reading = pipeline.prepare(item)
+        reading = pipeline.prepare(item, pipeline.settings_for(topk=2))
         docs = reading.context.docs
         pieces = refrag.question_pieces(item["question"], docs)
         message = "".join(p if isinstance(p, str) else f'<doc id="{p.label}">\n{p.content}\n</doc>' for p in pieces)
@@ -552,7 +552,7 @@ class TestBundledModels:
         assert all(set(chunk["shares"]) == set(refrag.FEATURES) for chunk in result["chunks"])
 
     def test_decoding_equals_generate_of_transformers(self, pipeline):
-        inputs = pipeline.prepare({"id": "1", "question": "What is botany?"}).inputs
+        inputs = pipeline.prepare({"id": "1", "question": "What is botany?"}, pipeline.settings_for(topk=1)).inputs
         stops = pipeline.settings.stop_tokens
         out, _ = run_decoder(pipeline, inputs, 12, stops)
         expected = pipeline.model.decoder.generate(inputs_embeds=inputs[None], max_new_tokens=12, do_sample=False,

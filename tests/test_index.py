@@ -26,8 +26,6 @@ SHORT = [MANY[i] for i in (3, 5, 6, 0)]  # a passage each
 WORDS = ["--retriever", "bm25"]
 
 
-# ---- An index follows its documents ---------------------------------------------------------------------------------
-
 def same_index(a, b):
     """Two opened indexes hold the same in the same order, vectors but for their last bits: other batches made them."""
     names = [name for name in a.passages.column_names if name != "terms"]  # numbered as their vocabularies grew
@@ -209,8 +207,6 @@ def test_metadata_is_found_with_its_passage(tmp_path, build, run):
         assert {p["id"]: p["metadata"] for p in json.loads(out)["passages"]} == {"a": place | more, "b": place}
 
 
-# ---- FAISS of an index that grows -----------------------------------------------------------------------------------
-
 FIELDS = [{"id": str(i), "text": f"River {i} floods field {i * 7} of {i * i}."} for i in range(700)]
 
 
@@ -260,9 +256,6 @@ def test_an_inverted_file_is_trained_again_if_twice_as_large(tmp_path, change, m
     assert change(folder, FIELDS[299:], add=True)[1].manifest["trained"] == 700
 
 
-# ---- Splitting ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("overlap", [0, 8])
 def test_long_passages_are_split_and_nothing_is_lost(tmp_path, build, embedder, overlap):
     """The embedder reads 64 tokens, so a piece with its title and the special tokens has no more than those."""
@@ -294,8 +287,6 @@ def test_a_piece_fits_beside_the_embedders_prompt(tmp_path, build, embedder):
     assert model.prompt == "passage: "
     assert max(len(model.tokenizer(model.prompt + p.content)["input_ids"]) for p in passages_of(tmp_path / "i")) <= 64
 
-
-# ---- Files, readers, processes --------------------------------------------------------------------------------------
 
 def test_columns_are_mapped_and_read_only(index_dir):
     before = pa.total_allocated_bytes()

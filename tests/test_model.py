@@ -252,9 +252,9 @@ def test_a_content_is_the_texts_tokens_and_chunks(encoder, k):
 
 
 def test_collate_golden():
-    """Two chunks in all for the first two sequences, none for the third. Chunks are numbered through: 0 of the first, 1
-    and 2 of the second; -1 is for encoder tokens of none. The decoder's rows are three positions; 7 and 8 are asked at
-    places 1 and 2 of row 0, 3 and 4 at the start of row 1, which is place 3 of all, 5 at place 1 of row 2."""
+    """Three chunks in all for the first two sequences, none for the third. Chunks are numbered through: 0 of the first,
+    1 and 2 of the second; -1 is for encoder tokens of none. The first two sequences have three positions: 7 and 8 are
+    asked at places 1 and 2, 3 and 4 at the start of the second, which is place 3 of all, 5 at the last place."""
     def content(chunks, *rows):
         return refrag.Content([np.asarray(chunk) for chunk in chunks], [tuple(map(np.asarray, row)) for row in rows])
 
@@ -262,10 +262,10 @@ def test_collate_golden():
                             for plan, labels, *parts in (
         ([1, -1, 7], [-1, 7, 8], [[5, 6]], ([5, 6], [0, 0])),
         ([2, -2, -1], [3, 4, -1], [[9], [10, 11]], ([9, 10, 11], [0, 1, -1])), ([3, 4], [-1, 5], []))])
-    assert {name: value if name == "lengths" else value.tolist() for name, value in batch._asdict().items()} == {
-        "encoder_ids": [5, 6, 9, 10, 11], "lengths": [2, 3], "owners": [0, 0, 1, 2, -1],
-        "chunk_ids": [5, 6, 9, 10, 11], "sizes": [2, 1, 2], "plan": [[1, -1, 7], [2, -3, -2], [3, 4, 0]],
-        "asked": [1, 2, 3, 4, 7], "labels": [7, 8, 3, 4, 5]}
+    assert {name: value if "lengths" in name else value.tolist() for name, value in batch._asdict().items()} == {
+        "encoder_ids": [5, 6, 9, 10, 11], "encoder_lengths": [2, 3], "owners": [0, 0, 1, 2, -1],
+        "chunk_ids": [5, 6, 9, 10, 11], "sizes": [2, 1, 2], "plan": [1, -1, 7, 2, -3, -2, 3, 4],
+        "lengths": [3, 3, 2], "asked": [1, 2, 3, 4, 7], "labels": [7, 8, 3, 4, 5]}
     assert all(a is b or torch.equal(a, b) for a, b in zip(batch, batch.to(CPU), strict=True))
 
 
@@ -300,8 +300,8 @@ def assert_like(got, expected):
 
 @torch.no_grad()
 def check_forward(model):
-    """The asked logits of a plain decoder, alone and together, padded on the right; the vectors of the chunks, and what
-    they should stand for: means of the embeddings of each chunk's tokens."""
+    """The asked logits of a plain decoder, alone and together in a row; the vectors of the chunks, and what they should
+    stand for: means of the embeddings of each chunk's tokens."""
     sequences, embed = sequences_for(model), model.decoder.get_input_embeddings()
     expected = [plain_logits(model, s, text) for s, (text, _) in zip(sequences, QUESTIONS, strict=True)]
     assert expected[0].std() > 0.1 and not torch.allclose(expected[0][0], expected[1][0], atol=0.1)
@@ -346,25 +346,95 @@ def test_only_an_encoder_that_is_trained_keeps_a_graph(model, trained):
     assert [state.requires_grad for state in states] == [trained]
 
 
-@pytest.mark.parametrize("config", [
-    transformers.GraniteConfig(logits_scaling=4.0, hidden_size=16),
-    transformers.Gemma2Config(final_logit_softcapping=0.5, head_dim=8, hidden_size=16)], ids=["scaled", "capped"])
-def test_the_head_reads_the_asked_positions(config):
-    """Within the block it gives the asked rows of the full logits, scaled or capped as they are; afterwards all."""
-    config.update({"vocab_size": 60, "num_hidden_layers": 2, "intermediate_size": 16, "num_attention_heads": 2,
-                   "num_key_value_heads": 2, "pad_token_id": 0})
+TINY = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16, "pad_token_id": 0,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+DECODERS = {  # logits or attention of another kind, and whether texts can share a row
+    "scaled": (transformers.GraniteConfig(**TINY, logits_scaling=4.0), True),
+    "capped": (transformers.Gemma3TextConfig(**TINY, final_logit_softcapping=0.5, sliding_window=4), True),
+    "capped_attention": (transformers.Gemma2Config(**TINY, attn_logit_softcapping=0.1), False),
+    "window": (transformers.MistralConfig(**TINY, sliding_window=4), True),
+    "chunks": (transformers.Llama4TextConfig(**TINY, layer_types=["chunked_attention"] * 2, attention_chunk_size=4,
+                                             intermediate_size_mlp=16, num_local_experts=1), False),
+    "learned_positions": (transformers.OPTConfig(**TINY, ffn_dim=16, word_embed_proj_dim=16), True),
+    "alibi": (transformers.BloomConfig(**TINY), False),
+    "recurrent": (transformers.Mamba2Config(**TINY, num_heads=4, state_size=8, n_groups=1,
+                                            chunk_size=4, expand=2), False)}
+
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_in_a_row_of_texts(device, dtype, window):
+    """As the definition says in float32, forward and backward, with grouped heads."""
+    torch.manual_seed(0)
+    lengths, row = [70, 1, 130, 55], []
+    parts = [torch.randn(1, heads, sum(lengths), 16, device=device, requires_grad=True) for heads in (6, 2, 2)]
+
+    def outcome(*made):
+        return made[0], *torch.autograd.grad(made[0].float().square().sum(), parts)
+
+    for q, k, v in zip(*(part.split(lengths, dim=2) for part in parts), strict=True):
+        T = q.shape[2]
+        seen = torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(1 - (window or T))
+        scores = (q @ k.repeat_interleave(3, 1).mT * 0.3).masked_fill(~seen, -math.inf)
+        row.append(scores.softmax(-1) @ v.repeat_interleave(3, 1))
+    arguments = refrag.row_arguments(lengths, torch.device(device)) | {"sliding_window": window, "scaling": 0.3}
+    got, _ = refrag.attend_by_text(None, *(part.to(dtype) for part in parts), **arguments)
+    limit = 1e-4 if dtype == torch.float32 else 0.03
+    for a, b in zip(outcome(got.transpose(1, 2)), outcome(torch.cat(row, dim=2)), strict=True):
+        assert (a - b).norm() <= limit * b.norm()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_texts_in_a_row_are_as_each_alone(name):
+    """Logits at the asked positions, scaled or capped as they are, and their gradients; where texts cannot share a row
+    they are read one by one. Everything else that the decoder reads afterwards is as before."""
+    config, packs = DECODERS[name]
     torch.manual_seed(0)
     decoder = transformers.AutoModelForCausalLM.from_config(config).eval()
-    torch.nn.init.normal_(decoder.get_output_embeddings().weight)
-    ids, asked = torch.arange(3, 31).reshape(2, 14), torch.tensor([27, 0, 13, 14, 14, 5])
-    with torch.no_grad():
-        full = decoder(input_ids=ids, use_cache=False).logits
-        with refrag.head_reads(decoder, asked):
-            got = decoder(input_ids=ids, use_cache=False).logits
-        torch.testing.assert_close(got, full.flatten(0, 1)[asked])
-        with pytest.raises(KeyError), refrag.head_reads(decoder, asked):
-            raise KeyError
-        torch.testing.assert_close(decoder(input_ids=ids, use_cache=False).logits, full)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.5 if parameter.ndim > 1 else 1)
+    texts = [torch.randint(60, (T,)) for T in (9, 1, 14, 3)]
+    batch = refrag.collate([refrag.TrainingSequence(ids.numpy(), torch.where(ids % 3 > 0, ids, -1).numpy(),
+                                                    refrag.Content([], [])) for ids in texts])
+
+    def of(logits):
+        decoder.zero_grad()
+        logits.square().sum().backward()
+        return logits, *(p.grad for p in decoder.parameters() if p.grad is not None)
+
+    expected = of(torch.cat([decoder(input_ids=ids[None], use_cache=False).logits[0][ids % 3 > 0] for ids in texts]))
+    inputs = decoder.get_input_embeddings()(batch.plan)
+    for got, want in zip(of(refrag.asked_logits(decoder, inputs, batch)), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * max(1, want.abs().max().item()))
+    assert refrag.can_pack(decoder) == packs
+    after = of(torch.cat([decoder(input_ids=ids[None], use_cache=False).logits[0][ids % 3 > 0] for ids in texts]))
+    torch.testing.assert_close(after[0], expected[0])
+
+
+@pytest.mark.slow
+def test_compiled_once_whatever_the_lengths(llama):
+    """With the same logits and gradients; what the compiler makes of the first batch serves the others."""
+    def outcome(order):
+        model.zero_grad()
+        output = model(refrag.collate([sequences[n] for n in order]))
+        output.logits.square().sum().backward()
+        return [output.logits, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    model, graphs, orders = build("decoder:2", llama), set(), ([0, 1, 2], [2], [2, 0, 0, 1], [0])
+    sequences = sequences_for(model)
+    expected = [outcome(order) for order in orders]
+    torch._dynamo.reset()
+    for part in (model.decoder, model.encoder.backbone):
+        part.compile(dynamic=True, backend="eager")
+    for order, plain in zip(orders, expected, strict=True):
+        for a, b in zip(outcome(order), plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * max(1, b.abs().max().item()))
+        graphs.add(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(graphs) == 1 and graphs.pop() > 0
 
 
 # -- adapters ---------------------------------------------------------------------------------------

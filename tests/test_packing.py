@@ -63,8 +63,6 @@ def special_ids(tokenizer):
     return set(tokenizer.all_special_ids) - unknown
 
 
-# -- spans ------------------------------------------------------------------------
-
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=wild | st.text(alphabet="ab 长江🙂", max_size=40))
 @few
@@ -134,8 +132,6 @@ def test_a_text_is_cut_where_its_tokens_are(loaded, kind, text):
         assert cumulated == cuts if all(a < b for a, b in offsets) else {*cumulated} <= {*cuts}
 
 
-# -- neutralised text ---------------------------------------------------------------
-
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=hostile, other=wild)
 @settings(max_examples=150)
@@ -184,8 +180,6 @@ def test_hostile_text_takes_linear_time(chat, text):
     assert len(chat.neutralize(text)) == len(text)
     assert [segment.kind for segment in chat.parse_and_tokenize(text)] == ["text"]
 
-
-# -- <doc> blocks -------------------------------------------------------------------
 
 @pytest.mark.parametrize(("text", "expected"), [
     ("Question: .. <doc id='1'>..</doc> Answer:", ["Question: .. ", ("1", ".."), " Answer:"]),
@@ -251,8 +245,6 @@ def test_a_prompt_whose_documents_are_not_clear_is_refused_and_a_tokenizer_witho
         with pytest.raises(refrag.UserError, match="fast tokenizer"):
             refrag.RefragTokenizer(*pair)
 
-
-# -- the prompt ---------------------------------------------------------------------
 
 def template_ids(tokenizer, message):
     turn = [{"role": "user", "content": message}]

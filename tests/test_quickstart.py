@@ -63,8 +63,6 @@ def planned(plan: str, command: str) -> str:
     return line.strip()
 
 
-# ---- The accelerator ------------------------------------------------------------------------------------------------
-
 NVIDIA = '[ "$1" = -L ] && echo "GPU 0: NVIDIA H100 (UUID: GPU-1)"'
 RADEON = 'echo "  Name: AMD EPYC"; echo "  Name: gfx1100"'
 
@@ -87,8 +85,6 @@ def test_the_accelerator_that_is_found(box, programs, accel, channel):
     assert "accelerator: cpu\n" in box.plan(ACCEL="cpu")
     assert box.run("--dry_run", ACCEL="tpu").returncode == 2
 
-
-# ---- The plan -------------------------------------------------------------------------------------------------------
 
 def test_variables_reach_the_commands_and_unset_ones_leave_the_defaults_to_the_program(box):
     """But for the index's --k, without which it would hold no chunk vectors. Nothing is trained, nothing changed. The
@@ -141,8 +137,6 @@ def test_a_finished_installation_and_index_are_kept(box):
     assert "refrag.py index" in box.plan(ACCEL="mps")
 
 
-# ---- Failures -------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize(("gone", "told"), [
     ("bin/python3.11", "gives no Python 3.11 or newer. Install one, or set PYTHON to its path."),
     *((f"tree/{name}", f"error: {name} is missing. Run this script inside a complete checkout of the repository.\n")
@@ -168,8 +162,6 @@ def test_unknown_flag_python_of_the_caller_and_broken_venv(box):
     done = box.run("--dry_run")
     assert done.returncode == 3 and "Delete the folder .venv" in done.stderr
 
-
-# ---- The scripts as text --------------------------------------------------------------------------------------------
 
 def test_bat_and_sh_agree(box):
     """The .bat has Windows' line ends and jumps to labels that exist. Help names every flag and variable."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import re
@@ -30,10 +29,8 @@ def test_every_command_is_shown_and_what_is_shown_exists():
 
 @pytest.mark.models
 @pytest.mark.timeout(900)
-def test_the_commands_run_in_order(tmp_path, run, monkeypatch, write):
-    """Their own words, on 10 passages, 2 questions, with short answers from 2 passages and one short training step.
-    Those that only read a model share it."""
-    load = functools.cache(refrag.load_model)
+def test_the_commands_run_in_order(tmp_path, run, shared, monkeypatch, write):
+    """Their own words, on 10 passages, 2 questions, with short answers from 2 passages and one short training step."""
     notes = write("my notes/hours.md", "The library closes at eight.\n").parent
     lines = (ROOT / "data/wiki_questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     questions, more = write("questions.jsonl", "".join(lines[:2])), write("more.jsonl", [{"text": "It is in Bern."}])
@@ -47,10 +44,10 @@ def test_the_commands_run_in_order(tmp_path, run, monkeypatch, write):
         argv = [theirs.get(word) or re.sub(r"^data/", f"{ROOT}/data/", word) for word in argv]
         step = ["--steps", "1", "--batch_size", "1", "--seq_tokens", "64"]
         monkeypatch.setattr(sys, "stdin", io.StringIO("Who coined the term cells?\n"))
-        short, reads = ["--max_new", "6", "--topk", "2"], argv[0] in ("generate", "chat", "export", "eval", "bench")
-        monkeypatch.setattr(refrag, "load_model", load if reads else load.__wrapped__)
+        short = ["--max_new", "6", "--topk", "2"]
         argv += {"index": ["--limit", "10"], "generate": short, "chat": short, "eval": [*short, "--limit", "1"],
                  "cpt_align": step, "cpt_recon": step, "cpt_next": step, "sft": [*step, *short[2:]],
+                 "train": [*step, *short[2:], "--limit", "20"],
                  "train_policy": [*step[:4], *short[2:]], "export": short[2:],
                  "bench": ["--contexts", "64", "--repeats", "1", "--new", "2"]}.get(argv[0], [])
         code, out, err = run(*argv)

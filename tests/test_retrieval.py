@@ -113,7 +113,7 @@ def test_rrf_golden(rankings, fused):
 
 
 @pytest.mark.models
-def test_a_tie_is_not_settled_by_the_order_of_the_corpus(tmp_path, write, done, ask):
+def test_a_tie_is_not_settled_by_the_order_of_the_corpus(tmp_path, shared, write, done, ask):
     """BM25 knows no "crimson": to it the three are equal. Whatever the order, the embedder's order decides."""
     cars = [{"id": colour, "text": f"The {colour} car is parked outside the house."}
             for colour in ("blue", "green", "red")]

@@ -10,19 +10,17 @@ import torch
 from writers import tree
 
 import refrag
-from refrag_extras import doctor
+from refrag_extras import doctor, reports
 
 CPU = torch.device("cpu")
 
 
-# ---- Whole files and folders ----------------------------------------------------------------------------------------
-
 def test_a_picture_is_replaced_whole(tmp_path):
-    refrag.save_figure(tmp_path / "a.png", 2, (2, 1), lambda left, right: (left.plot([1, 2]), right.plot([2, 1])))
+    reports.save_figure(tmp_path / "a.png", 2, (2, 1), lambda left, right: (left.plot([1, 2]), right.plot([2, 1])))
     before = tree(tmp_path)
     assert before["a.png"].startswith(b"\x89PNG")
     with pytest.raises(ZeroDivisionError):
-        refrag.save_figure(tmp_path / "a.png", 1, (2, 1), lambda axes: 1 / 0)
+        reports.save_figure(tmp_path / "a.png", 1, (2, 1), lambda axes: 1 / 0)
     assert tree(tmp_path) == before
 
 
@@ -36,8 +34,6 @@ def test_a_folder_that_was_moved_aside_comes_back_or_goes_with_the_next_writing(
         pass
     assert os.listdir(tmp_path) == [name]
 
-
-# ---- Manifests ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def manifest(tmp_path) -> Path:
@@ -59,8 +55,6 @@ def test_many_bytes_are_read_only_where_all_are_to_be(manifest, monkeypatch):
     with pytest.raises(refrag.CorruptError, match="wrong size"):
         refrag.verify_files(manifest.parent, entries)
 
-
-# ---- Clocks, devices, progress --------------------------------------------------------------------------------------
 
 def test_a_stopwatch_waits_for_the_device_and_adds_up_seconds_by_stage(monkeypatch):
     """The clock reads 1, 2, 4, 8, 16, 32: stages of 1, 4 and 16 seconds; what lies between belongs to none. The device

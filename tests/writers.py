@@ -265,6 +265,8 @@ def line(files, corpus, llama, embedder, index_dir):
         "cpt_recon": ["cpt_recon", *texts], "cpt_align": ["cpt_align", *texts],
         "cpt_next": ["cpt_next", *texts, "--lora_r", 2, "--grad_accum", 2],
         "sft": ["sft", *index, "--rag_json", asked, "--eval_json", asked, "--topk", 2, "--distill", 1, *run],
+        "train": ["train", *index, "--rag_json", asked, "--topk", 2, "--mix", "recon=.5,next=.2,cloze=.3", "--mix_end",
+                  "cloze=.5,qa=.5", "--workers", 1, *texts],
         "train_gate": ["train_gate", *index, "--rag_json", asked, "--topk", 2, "--epochs", 1, *models],
         "train_policy": ["train_policy", *index, "--rag_json", asked, "--topk", 2, "--steps", 1, *models],
         "eval": ["eval", *index, "--qa", asked, "--topk", 2, "--max_new", 3, "--modes", "full", "refrag", *models,

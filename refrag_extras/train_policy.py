@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import refrag
+from refrag_extras import train_gate
 
 CLIP = 0.2  # how far from 1 the ratio of new to old probability counts
 REUSE = 2  # optimizer steps on what was drawn once
@@ -19,12 +20,11 @@ REUSE = 2  # optimizer steps on what was drawn once
 class AnswerReader:
     """The log-probability of an answer, given which chunks stay text: the reward of the policy."""
 
-    def __init__(self, model: refrag.RefragModel, data: refrag.GateData, topk: int, k: int):
+    def __init__(self, model: refrag.RefragModel, data: train_gate.GateData, topk: int, k: int):
         self.model, self.data, self.topk, self.k = model.requires_grad_(False), data, topk, k
-        limit = model.window or refrag.PackConfig.ctx_max
-        self.prompts = refrag.AnswerPrompts(model.encoder, data.searcher.index, limit)
+        self.limit = model.window or refrag.PackConfig.ctx_max
 
-    def ask(self, example: refrag.GateExample) -> refrag.Asked:
+    def ask(self, example: train_gate.GateExample) -> refrag.Asked:
         """An example's question over its retrieved passages, with the best right passage and an answer that it holds.
 
         Raises UserError if they exceed the decoder's window: chunks are numbered through all of them.
@@ -33,7 +33,8 @@ class AnswerReader:
         rows = rows[: self.topk]
         right = refrag.right_rows(index, item, rows)[0]
         answer = [*refrag.answers_in(index, item, right), item["answers"][0]][0]
-        asked = self.prompts.ask(item["question"], rows, right, answer, self.k)
+        passages = {row: index[row].content for row in rows}
+        asked = refrag.ask(self.model.encoder, item["question"], passages, right, answer, self.k, self.limit)
         refrag.require(len(asked.context.docs) == len(rows), f"--topk {self.topk}: the passages for question "
                        f"{item['id']} take more than the decoder's window of {self.model.window}: lower it")
         return asked
@@ -42,7 +43,8 @@ class AnswerReader:
     def log_probabilities(self, asked: refrag.Asked, masks: Sequence[np.ndarray]) -> np.ndarray:
         """(n,) mean log-probability of the answer's tokens for each choice of chunks (L,) bool. In nats."""
         feed = self.model.trained  # an untrained projector's vectors only add noise
-        batch = refrag.checked_batch(self.model, [asked.answered(mask, feed) for mask in masks])
+        batch = refrag.checked_batch([asked.answered(mask, feed) for mask in masks], self.model.window)
+        batch = batch.to(self.model.device)
         logs = -nn.functional.cross_entropy(self.model(batch).logits.float(), batch.labels, reduction="none")
         return logs.cpu().numpy().reshape(len(masks), -1).mean(1)
 
@@ -80,7 +82,7 @@ def policy_loss(logits: Tensor, before: Tensor, orders: Tensor, rewards: Tensor)
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
 
 
-def fit_policy(policy: refrag.QueryGate, reader: AnswerReader, held_out: list[refrag.GateExample],
+def fit_policy(policy: refrag.QueryGate, reader: AnswerReader, held_out: list[train_gate.GateExample],
                settings: refrag.PolicyConfig, p: Sequence[float], seed: int) -> list[dict[str, Any]]:
     """Train a policy in place: chunks that stay text are drawn, the answer's log-probability is the reward.
 
@@ -89,11 +91,11 @@ def fit_policy(policy: refrag.QueryGate, reader: AnswerReader, held_out: list[re
     examples, rng, generator = reader.data.examples, np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.policy_lr, weight_decay=0.01)
 
-    def draw(example: refrag.GateExample) -> tuple[refrag.GateExample, Tensor, Tensor, Tensor]:
+    def draw(example: train_gate.GateExample) -> tuple[train_gate.GateExample, Tensor, Tensor, Tensor]:
         """An example with a group of orders, their log-probabilities and rewards."""
         picks = max(1, math.floor(float(rng.choice(p)) * len(example.tokens)))
         with torch.no_grad():
-            logits = refrag.example_logits(policy, [example])[0]
+            logits = train_gate.example_logits(policy, [example])[0]
             orders = sample_orders(logits, picks, settings.group, generator).to(logits.device)
             before = order_log_probability(logits, orders)
         masks = [np.isin(np.arange(len(example.tokens)), order) for order in orders.cpu().numpy()]
@@ -104,8 +106,8 @@ def fit_policy(policy: refrag.QueryGate, reader: AnswerReader, held_out: list[re
         """Draw for some questions, then update a few times on what was drawn. Returns the mean reward."""
         drawn = [draw(examples[i]) for i in rng.choice(len(examples), settings.batch_size).tolist()]
         for _ in range(REUSE):
-            losses = [policy_loss(refrag.example_logits(policy, [example])[0], *group) for example, *group in drawn]
-            refrag.descend(torch.stack(losses).mean(), policy, optimizer)
+            losses = [policy_loss(train_gate.example_logits(policy, [example])[0], *group) for example, *group in drawn]
+            train_gate.descend(torch.stack(losses).mean(), policy, optimizer)
         return float(torch.stack([rewards.mean() for *_, rewards in drawn]).mean())
 
     rewards, records, every = [], [], max(1, settings.steps // 8)
@@ -113,5 +115,15 @@ def fit_policy(policy: refrag.QueryGate, reader: AnswerReader, held_out: list[re
         rewards.append(step())
         if number % every == 0 or number == settings.steps:
             records.append({"step": number, "reward": round(float(np.mean(rewards[-every:])), 4),
-                            "recall": refrag.gate_recall(policy, held_out, p)})
+                            "recall": train_gate.gate_recall(policy, held_out, p)})
     return records
+
+
+def run(data: refrag.GateDataConfig, settings: refrag.PolicyConfig, index: refrag.IndexConfig,
+        search: refrag.SearchConfig, models: refrag.ModelConfig, runtime: refrag.RuntimeConfig) -> None:
+    def fit(policy: refrag.QueryGate, loaded: train_gate.GateData) -> list[dict[str, Any]]:
+        reader = AnswerReader(refrag.load_model(models, runtime), loaded, search.topk, data.k)
+        return fit_policy(policy, reader, loaded.held_out, settings, data.p, runtime.seed)
+
+    train_gate.train_scorer("policy", data, index, search, models, runtime, settings.steps, fit, features=False,
+                            blind=settings.blind)
