@@ -4206,11 +4206,11 @@ class Steps:
 
 
 def begin_worker(worker: int) -> None:
-    """Ctrl-C is for the process that trains: its workers go when it does. Of tokenizers' threads a fork has none, and
+    """Ctrl-C is for the process that trains; to be ended is no failure. Of tokenizers' threads a fork has none, and
     would wait for them."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def share_out(items: list[Item], processes: int, positions: int) -> list[list[Item]]:
