@@ -4510,8 +4510,7 @@ class Trainer:
         moments = self.optimizer_state(offload=False) | {"state": collections.defaultdict(dict)}
         for key, value in load_file(folder / "trainer.safetensors").items():
             kind, _, name = key.partition("/")
-            if kind != "rng":  # of torch, in older checkpoints
-                moments["state"][name][kind] = value
+            moments["state"][name][kind] = value
         state_dict.set_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, moments,
                                             options=state_dict.StateDictOptions(full_state_dict=True))
         self.step, self.tokens, self.seconds = values["step"], values["tokens"], values["seconds"]

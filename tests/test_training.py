@@ -1061,19 +1061,6 @@ def test_the_gate_is_loaded_only_to_choose(train, monkeypatch):
         assert len(asked) == (share > 0)
 
 
-def test_a_checkpoint_with_the_state_of_torchs_generator_goes_on(train, tmp_path, monkeypatch):
-    """Older ones have it; nothing draws from it."""
-    write, state = refrag.write_checkpoint, {"rng/torch": torch.get_rng_state()}
-    monkeypatch.setattr(refrag, "write_checkpoint", lambda folder, config, parts, *rest: write(
-        folder, config, parts | {"trainer": parts["trainer"] | state}, *rest))
-    last, options = tmp_path / "run" / "step-000004", ("--steps", 4, "--save_every", 2)
-    train("cpt_recon", "run", *options)
-    expected = tensors(last)
-    shutil.rmtree(last)
-    train("cpt_recon", "run", *options, "--resume")
-    assert different(tensors(last), expected) == set()
-
-
 def test_steps_are_logged_at_the_intervals_asked_for(train, sources, tmp_path):
     """Every third step and the last; evaluations before the first step, every fourth and after the last."""
     train("cpt_next", "run", "--steps", 8, "--log_every", 3, "--eval_every", 4, "--eval_json", sources["cpt_next"][1],
