@@ -2667,12 +2667,17 @@ def attend_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     if cu_seq_lens_q is None:
         return ATTENTION["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **more)
     query, key, window = query.to(value.dtype), key.to(value.dtype), more.get("sliding_window")
-    if value.is_cuda and value.dtype != torch.float32 and VARLEN:
-        from torch.nn.attention.varlen import varlen_attn
+    if value.is_cuda and value.dtype != torch.float32 and (VARLEN or not window):
+        query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))  # (P, H, D)
+        texts = cu_seq_lens_q, cu_seq_lens_q, more["max_length_q"], more["max_length_q"]
+        if VARLEN:
+            from torch.nn.attention.varlen import varlen_attn
 
-        parts, longest = (part[0].transpose(0, 1) for part in (query, key, value)), more["max_length_q"]
-        return varlen_attn(*parts, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, enable_gqa=True,
-                           window_size=(window - 1 if window else -1, 0))[None], None
+            return varlen_attn(query, key, value, *texts, scale=scaling, enable_gqa=True,
+                               window_size=(window - 1 if window else -1, 0))[None], None
+        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+        flash = torch.ops.aten._flash_attention_forward  # the same kernel, which knew no groups of heads before
+        return flash(query, key, value, *texts, 0.0, True, False, scale=scaling)[0][None], None
     texts = zip(*(part[0].split(cu_seq_lens_q.diff().tolist(), dim=1) for part in (query, key, value)), strict=True)
     return torch.cat([causal_attention(*text, scaling, window) for text in texts], dim=1).transpose(0, 1)[None], None
 
