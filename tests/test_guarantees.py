@@ -464,9 +464,12 @@ def read(index_dir, finished, llama, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("artefact", ["index", "checkpoint", "gate"])
-def test_damage_to_any_file_is_named(run, refused, read, artefact, kind):
-    """People may change a checkpoint's card; one without a manifest was made by another program."""
+def test_damage_to_any_file_is_named(run, refused, read, monkeypatch, artefact, kind):
+    """People may change a checkpoint's card; one without a manifest was made by another program. Of a large index the
+    sizes are compared at every opening, not the checksums."""
     folder, argv = read(artefact)
+    if artefact == "index" and kind in ("truncated", "longer"):
+        monkeypatch.setattr(refrag, "READ_ALWAYS", 0)
     names = list(tree(folder))
     assert {"manifest.json"} < set(names) and run(*argv)[0] == 0
     for name in names:
