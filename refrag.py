@@ -4201,21 +4201,22 @@ class Steps:
             own = {"multiprocessing_context": "fork", "worker_init_fn": begin_worker, "prefetch_factor": 4}
         made = iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=numbers, collate_fn=lambda step: step,
                                                 num_workers=workers, pin_memory=device.type == "cuda", **own))
-        with ThreadPoolExecutor(1) as thread:
-            ahead = thread.submit(next, made, None)
-            while (ready := ahead.result()) is not None:
-                if isinstance(ready, RefragError):
-                    raise ready
+        try:
+            with ThreadPoolExecutor(1) as thread:
                 ahead = thread.submit(next, made, None)
-                yield ready
+                while (ready := ahead.result()) is not None:
+                    if isinstance(ready, RefragError):
+                        raise ready
+                    ahead = thread.submit(next, made, None)
+                    yield ready
+        finally:
+            del made  # its workers end with it; a traceback would keep them
 
 
 def begin_worker(worker: int) -> None:
-    """Ctrl-C is for the process that trains; to be ended is no failure. Of tokenizers' threads a fork has none, and
-    would wait for them."""
+    """Ctrl-C is for the process that trains. Of tokenizers' threads a fork has none, and would wait for them."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def share_out(items: list[Item], processes: int, positions: int) -> list[list[Item]]:

@@ -34,7 +34,7 @@ import refrag
 from refrag import PASSAGE_FIELDS, MismatchError, MissingError, Passage, batched, require
 from refrag_extras import index
 
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before its import
+os.environ |= {"GRPC_VERBOSITY": "NONE", "GRPC_ENABLE_FORK_SUPPORT": "0"} | os.environ  # before its import
 try:
     import grpc
     from milvus_lite.server_manager import server_manager_instance as lite
