@@ -4376,6 +4376,12 @@ class Trainer:
         """How far the run is, and how far it goes: in steps, or in seconds."""
         return (self.seconds, self.train.seconds) if self.train.seconds else (self.step, self.train.steps)
 
+    def tell_time(self) -> float:
+        """The share of the run that is done, which data workers are told as well."""
+        done, whole = self.done
+        self.steps.clock.fill_(min(done / whole, 0.9999))
+        return done / whole
+
     def teach(self, batch: Batch) -> Tensor:
         """(N, V) the teacher's logits at the asked positions."""
         decoder, batch = self.teacher or self.model.decoder, batch.to(self.accelerator.device)
@@ -4420,6 +4426,7 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         log = RunLog(self.folder, self.accelerator.is_main_process, self.step)
+        self.tell_time()  # of a run that goes on
         if self.step == 0:
             log.write({"step": 0, "eval": self.evaluate()})
         bar = progress(None, self.facts["phase"], round(self.done[1]), "s" if self.train.seconds else "step",
@@ -4429,11 +4436,10 @@ class Trainer:
             for step in self.steps.run(self.step, self.accelerator.device):
                 terms = self.run_step(step)
                 self.seconds += time.perf_counter() - start
-                done, whole = self.done
-                last, _ = done >= whole, self.steps.clock.fill_(min(done / whole, 0.9999))
+                last = self.tell_time() >= 1
                 pace = (self.tokens - since[1]) / (self.seconds - since[0])
                 bar.set_postfix_str(f"loss {terms['loss']:.4f}, {pace:,.0f} tokens/s", refresh=False)
-                bar.update(int(done) - bar.n)
+                bar.update(int(self.done[0]) - bar.n)
                 if self.step % self.train.log_every == 0 or last:
                     log.write(self.reduce({"step": self.step, "tokens": self.tokens, **terms})
                               | {"tokens_per_s": round(pace, 1), "seconds": round(self.seconds, 2)})

@@ -1028,13 +1028,15 @@ def test_a_mixture_trains_all_its_kinds(train, done, tmp_path):
     check_answers(done, tmp_path / "run")
 
 
-def test_a_run_may_end_by_the_clock(train, tmp_path):
+def test_a_run_may_end_by_the_clock(train, tmp_path, monkeypatch):
     """After so many seconds of training, those before a stop included; until then the learning rate falls."""
     options = "--steps", 1, "--log_every", 1, "--warmup", 0
     summary = train("cpt_recon", "run", "--seconds", 1.5, *options)
     rates = [record["lr"] for record in logged(tmp_path / "run")]
     assert summary["steps"] > 1 and 1.5 <= summary["seconds"] < 30 and 2e-4 == rates[0] > rates[-1]
-    assert train("cpt_recon", "run", "--seconds", 2.5, *options, "--resume")["seconds"] >= 2.5
+    seen: list[float] = []  # at what progress lessons are drawn
+    monkeypatch.setattr(refrag, "blended", lambda start, end, progress: seen.append(progress) or start)
+    assert train("cpt_recon", "run", "--seconds", 2.5, *options, "--resume")["seconds"] >= 2.5 and min(seen[1:]) > 0.5
 
 
 def test_a_run_says_what_it_takes_to_make_it_again(train, sources, tmp_path, llama, monkeypatch):
