@@ -543,6 +543,11 @@ class ServeConfig(Options):
                     f"--cors {origin}: an origin is a scheme and a host without a path")
 
 
+class McpConfig(Options):
+    tools: tuple[str, ...] = opt(("search", "read", "answer"), "what is offered; without answer no decoder is loaded",
+                                 choices="search read answer")
+
+
 class ExportConfig(Options):
     out_dir: str | None = opt(None, "the folder to write", needed=True, fresh=True)
     decoder: bool = opt(False, "also the decoder, with its adapters merged, for transformers")
@@ -575,6 +580,8 @@ COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *conf
     ("generate", "Answer a question from compressed context, with citations and timings.", QuestionConfig, *ANSWERING),
     ("chat", "Answer one question after another, the earlier ones as context; /help lists the commands.", *ANSWERING),
     ("serve", "Answer OpenAI-style requests over HTTP, and show a page to ask from.", ServeConfig, *ANSWERING),
+    ("mcp", "Offer an index to agents as tools, by the Model Context Protocol over stdin and stdout.",
+     McpConfig, *ANSWERING),
     ("export", "Write a question's mixed prompt as embeddings, for vLLM.", ExportConfig, QuestionConfig, *ANSWERING),
     ("eval", "Measure answers, rankings, gate or vectors against controls.", EvalConfig, *RETRIEVAL, ReaderConfig),
     ("bench", "Time answers by context length, or steps of training.", BenchConfig, IndexConfig, ReaderConfig),
