@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from writers import ASKED
 
 import refrag
 from refrag_extras import index
@@ -174,6 +175,18 @@ class TestMeasurements:
         assert rows["int4"]["mb"] < rows["int8"]["mb"] < rows["model"]["mb"] / 3
         assert rows["generate"]["times_faster_than_generate"] == 1
         assert made["command"][1:3] == ["decode", "--prompt"]
+
+    def test_what_a_second_search_brings(self, measure, corpus, done, write, tmp_path):
+        """Every way finds the passage among all six; only a query that is not the rule's counts as own."""
+        done("index", "--corpus", corpus, "--index_dir", tmp_path / "six")
+        asked = write("asked.jsonl", [{"question": question, "answers": [answer], "positive_ids": [name]}
+                                      for question, answer, name in ASKED[:2]])
+        made = measure("measure.py", "hops", "--qa", asked, "--index_dir", tmp_path / "six", "--topk", 6)
+        rows = {row["next_query"]: row for row in made["rows"]}
+        assert list(rows) == ["none", "rule", "model", "right titles"] and (made["n"], made["passages"]) == (2, 6)
+        assert {row["all_positives"] for row in rows.values()} == {1}
+        assert rows["right titles"]["all_positives_minus_rule"] == "+0.000 [0.000, 0.000]"
+        assert [rows[name]["own_queries"] for name in ("none", "rule", "right titles")] == [0, 0, 2]
 
     def test_two_evaluations_question_by_question(self, measure, write, tmp_path):
         """One has a single cell, which every cell of the other is set beside, over the two questions of both."""
