@@ -4850,14 +4850,11 @@ def forward_step(decoder: nn.Module, cache: Any, mask: Tensor | None, position_i
 @torch.inference_mode()
 def prefill(decoder: nn.Module, inputs: Sequence[Tensor],
             start: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
-    """Read prompts. Returns the next token's logits (B, V) and the state.
+    """Read prompts, padded on the left. Returns the next token's logits (B, V) and the state.
 
-    inputs: (T_i, D) each, or what follows the sequence of `start`, with which all begin. On a CPU one is read after the
-    other, so that none depends on its neighbours' lengths; elsewhere they are padded on the left.
+    inputs: (T_i, D) each. start: the state of one sequence with which all of them begin; they are what follows it.
     """
     B, device, known, cache = len(inputs), inputs[0].device, 0, None
-    if B > 1 and device.type == "cpu":
-        return join_states([prefill(decoder, [prompt], start) for prompt in inputs])
     lengths = torch.tensor([len(x) for x in inputs], device=device)
     embeds = nn.utils.rnn.pad_sequence(list(inputs), batch_first=True, padding_side="left")  # (B, T, D)
     T = embeds.shape[1]
@@ -4872,9 +4869,14 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor],
     return logits, DecoderState(cache, mask, lengths + known)
 
 
-def join_states(prompts: Sequence[tuple[Tensor, DecoderState]]) -> tuple[Tensor, DecoderState]:
-    """Logits (1, V) and states of single prompts as those of a batch, keys and values padded on the left."""
-    logits, states = zip(*prompts, strict=True)
+@torch.inference_mode()
+def prefill_each(decoder: nn.Module, inputs: Sequence[Tensor],
+                 start: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
+    """The same as `prefill`, but one prompt is read after the other, so that none depends on its neighbours' lengths: a
+    CPU's products round by their shape, and padding costs it time. Then keys and values are padded."""
+    logits, states = zip(*(prefill(decoder, [prompt], start) for prompt in inputs), strict=True)
+    if len(inputs) == 1:
+        return logits[0], states[0]
     lengths = torch.cat([state.position for state in states])
     T = int(lengths.max())
     cache = states[int(lengths.argmax())].cache
@@ -5330,8 +5332,9 @@ class Pipeline:
         streams = [TextStream(self.tokenizer.decoder, settings.stop, write) for write in writers]
         with watch.stage("prefill_s"):
             known, start = self.start(readings)
-            logits, state = prefill(decoder, [reading.inputs[known:] for reading in readings], start)
-        kv_bytes, read = cache_bytes(state.cache) // len(readings), watch.clock()
+            read = prefill_each if self.device.type == "cpu" else prefill
+            logits, state = read(decoder, [reading.inputs[known:] for reading in readings], start)
+        kv_bytes, sampled = cache_bytes(state.cache) // len(readings), watch.clock()
         pick = functools.partial(sample, temperature=settings.temperature, top_p=settings.top_p,
                                  generator=settings.sampler)
         outs, state = decode(decoder, logits, state, max_new=settings.max_new, stops=settings.stop_tokens,
@@ -5345,7 +5348,7 @@ class Pipeline:
 
         results = []
         for row, (reading, out, stream) in enumerate(zip(readings, outs, streams, strict=True)):
-            reading.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - read
+            reading.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - sampled
             answer, chosen = stream.update(out.tokens).rstrip(), None
             if settings.cite and reading.labels:
                 seen = {doc.label: doc.content for doc in reading.context.docs

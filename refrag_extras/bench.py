@@ -109,7 +109,7 @@ class Trial:
         reading = self.pipeline.prepare(item, self.settings)
         known, start = self.pipeline.start([reading])
         with Products() as products:
-            refrag.prefill(self.pipeline.model.decoder, [reading.inputs[known:]] * self.setting.batch, start)
+            refrag.prefill_each(self.pipeline.model.decoder, [reading.inputs[known:]] * self.setting.batch, start)
         self.products_s = products.seconds(self.pipeline.device, 2)
 
 
@@ -363,11 +363,11 @@ def bench_cells(row: dict[str, Any]) -> dict[str, str]:
     stages = {name.removesuffix("_s"): ms(value) for name, value in row["stages"].items()}
     shown = {name: "-" if row[name] is None else f"{row[name]:g}" for name in ("k", "p")}
     return {"mode": row["mode"], **shown, "batch": str(row["batch"]), "context": f"{row['context_tokens']:,}",
-            "positions": f"{row['positions']:,}", "/".join(row["kinds"]): "/".join(map(str, row["kinds"].values())),
-            **times, **ratios, **stages, "products": f"{row['products_share']:.0%}",
-            "TTIT ms": ms(row["ttit_s"]),
+            "positions": f"{row['positions']:,}", **times, **ratios, **stages,
+            "products": f"{row['products_share']:.0%}", "TTIT ms": ms(row["ttit_s"]),
             "tokens/s": "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}",
-            "KV MB": f"{row['kv_bytes'] / 2**20:.1f}", "peak MB": f"{row['peak_rss_mb']:,.0f}"}
+            "KV MB": f"{row['kv_bytes'] / 2**20:.1f}", "peak MB": f"{row['peak_rss_mb']:,.0f}",
+            "/".join(row["kinds"]): "/".join(map(str, row["kinds"].values()))}
 
 
 def bench_text(result: dict[str, Any]) -> str:
