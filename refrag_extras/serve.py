@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import collections
+import contextlib
 import functools
 import hmac
 import ipaddress
@@ -79,7 +80,8 @@ def refusal(error: Exception) -> Refused:
             return Refused(400, message, "context_length_exceeded", "messages")
         return Refused(400, message, "invalid_value", API_NAMES[names[0]] if names else None)
     refrag.say(f"error: {refrag.one_line(error)}", file=sys.stderr)
-    return Refused(500, f"{type(error).__name__}: {refrag.one_line(error)}", "internal_error")
+    absent = isinstance(error, refrag.MissingError)  # the server that decodes, say
+    return Refused(503 if absent else 500, f"{type(error).__name__}: {refrag.one_line(error)}", "internal_error")
 
 
 def joined_parts(content: Any) -> Any:
@@ -238,11 +240,12 @@ class Job:
 
 
 class Engine:
-    """Answers one question after another, in a thread of its own: each client gets the answer that it gets alone."""
+    """Answers one question after another, in a thread of its own: each client gets the answer that it gets alone. Where
+    a server decodes, answers overlap."""
 
     def __init__(self, pipeline: refrag.Pipeline, serve: refrag.ServeConfig):
         self.pipeline, self.serve = pipeline, serve
-        self.thread = ThreadPoolExecutor(1, "engine")
+        self.thread = ThreadPoolExecutor(serve.waiting if pipeline.remote else 1, "engine")
         self.models = threading.Lock()  # models and tokenizers serve one thread at a time
         self.waiting: set[Job] = set()
         self.counts: collections.Counter = collections.Counter()
@@ -262,13 +265,19 @@ class Engine:
         try:
             if job.late:
                 raise late
-            items = [{"id": job.id, "question": job.asked.question}]
-            with self.models:
+            item = {"id": job.id, "question": job.asked.question}
+            with contextlib.ExitStack() as held:
+                held.enter_context(self.models)
                 self.pipeline.refresh()
-                [result] = self.pipeline.answer_batch(items, job.asked.settings, [job.pass_on])
+                reading = self.pipeline.prepare(item, job.asked.settings)
+                if self.pipeline.remote:
+                    held.close()  # the next one may be prepared while a server writes this one's answer
+                [result] = self.pipeline.generate([reading], [job.pass_on])
             made = result["metrics"]
-            self.counts.update(answers_total=1, new_tokens_total=made["new_tokens"], positions_total=made["positions"],
-                               full_positions_total=made["full_positions"], ttft_seconds_total=made["ttft_s"])
+            with self.models:
+                self.counts.update(answers_total=1, new_tokens_total=made["new_tokens"],
+                                   positions_total=made["positions"], full_positions_total=made["full_positions"],
+                                   ttft_seconds_total=made["ttft_s"])
             if job.late and not result["ended"]:
                 raise late
             job.tell("done", result)

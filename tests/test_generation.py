@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -314,8 +315,8 @@ class TestCitations:
     def test_choice_follows_the_decoder(self, tiny):
         """Against scoring " [id]" for each id by a full forward: the choice is greedy, token by token."""
         reading, decoder, tokenizer = read(tiny, p=1.0), tiny.model.decoder, tiny.tokenizer.decoder
-        out, state = run_decoder(tiny, reading.inputs, 5)
-        chosen, _ = refrag.choose_citation(decoder, tokenizer, state, 0, out.tokens[-1:], ["a", "b", "c"])
+        [out], _, _, best = tiny.write([reading], None)
+        chosen = refrag.choose_citation(functools.partial(best, 0), tokenizer, ["a", "b", "c"])
         opening = tokenizer(" [", add_special_tokens=False)["input_ids"]
         last = plain_logits(decoder, [*reading.context.prompt.input_ids.tolist(), *out.tokens, *opening])
         options = {label: tokenizer(f"{label}]", add_special_tokens=False)["input_ids"][0] for label in "abc"}
@@ -324,11 +325,10 @@ class TestCitations:
 
     def test_no_citation_is_longer_than_its_room(self, tiny):
         """Ids that are alike for a hundred tokens are not told apart to the last one."""
-        tokenizer, decoder = tiny.tokenizer.decoder, tiny.model.decoder
-        _, state = refrag.prefill(decoder, [torch.randn(5, decoder.config.hidden_size)])
-        labels = ["q" * 100 + "a", "q" * 100 + "bb"]
-        chosen, after = refrag.choose_citation(decoder, tokenizer, state, 0, [], labels)
-        assert chosen == labels[0] and int(after.position[0]) - 5 <= refrag.CITATION_TOKENS
+        labels, fed = ["q" * 100 + "a", "q" * 100 + "bb"], []
+        chosen = refrag.choose_citation(lambda tokens, allowed: fed.extend(tokens) or allowed[0],
+                                        tiny.tokenizer.decoder, labels)
+        assert chosen == labels[0] and 2 < len(fed) <= refrag.CITATION_TOKENS
 
     def test_the_window_has_room_for_a_citation_that_is_chosen(self, llama):
         """Prompt and answer end at the window's last position."""
