@@ -108,6 +108,14 @@ def note_known(model: refrag.RefragModel) -> None:
                                           "logprobs": top.values.tolist()}))
 
 
+def difference(said: list[dict[str, float]], known: dict[str, Any]) -> float:
+    """Mean distance of log probabilities from those noted down, in nats. said: by "token_id:N", the most probable."""
+    pairs = [(top.get(f"token_id:{token}", min(top.values())), logprob)
+             for top, *noted in zip(said, known["tokens"], known["logprobs"], strict=True)
+             for token, logprob in zip(*noted, strict=True)]
+    return sum(abs(a - b) for a, b in pairs) / len(pairs)
+
+
 def packed(inputs: Tensor) -> str:
     data = io.BytesIO()
     torch.save(inputs.detach().cpu().clone(), data)  # of a view, all that it looks at would be saved
@@ -172,21 +180,17 @@ class Server:
 
     def check(self) -> None:
         """Raise MismatchError unless the server says to KNOWN what the decoder does."""
-        inputs, differences = self.embed(self.known["ids"]), []
+        inputs = self.embed(self.known["ids"])
         try:
             said = self.next_token([inputs[:n] for n in self.known["lengths"]], logprobs=ASKED,
                                    return_tokens_as_token_ids=True)
         except refrag.UserError as error:
             raise refrag.MismatchError(str(error)) if "hidden_size" in str(error) else error from None
-        for choice, tokens, logprobs in zip(said, self.known["tokens"], self.known["logprobs"], strict=True):
-            [top] = choice["logprobs"]["top_logprobs"]
-            found = [top.get(f"token_id:{token}", min(top.values())) for token in tokens]
-            differences += [abs(a - b) for a, b in zip(found, logprobs, strict=True)]
-        mean = sum(differences) / len(differences)
-        if mean > SAME:
+        self.differs_by = difference([choice["logprobs"]["top_logprobs"][0] for choice in said], self.known)
+        if self.differs_by > SAME:
             raise refrag.MismatchError(f"{self.name} serves {self.model}, another decoder than that of --dec and "
-                                       f"--load_dir (log probabilities differ by {mean:.2f} nats): let it serve the "
-                                       "folder that export --decoder writes")
+                                       f"--load_dir (log probabilities differ by {self.differs_by:.2f} nats): let it "
+                                       "serve the folder that export --decoder writes")
 
     def write(self, readings: Sequence[refrag.Reading],
               on_token: Callable[[int, list[int]], bool | None] | None) -> refrag.Written:

@@ -720,8 +720,8 @@ class TestEngine:
     def test_a_fault_of_ours_is_told_as_one_and_ends_nothing(self, capsys):
         """Jobs that are late are told so; those given up are not begun."""
         told, given_up = [], serve.Job(serve.ChatRequest("why?", None), 60, print)
-        broken = SimpleNamespace(refresh=lambda: None,
-                                 answer_batch=lambda *_: (_ for _ in ()).throw(RuntimeError("a cable was pulled")))
+        broken = SimpleNamespace(refresh=lambda: None, remote=None,
+                                 prepare=lambda *_: (_ for _ in ()).throw(RuntimeError("a cable was pulled")))
         engine, given_up.cancelled = serve.Engine(broken, refrag.ServeConfig()), True
         for job in (given_up, *(serve.Job(given_up.asked, seconds, lambda *what: told.append(what))
                                 for seconds in (60, -1, 60))):
@@ -730,7 +730,7 @@ class TestEngine:
         assert str(told[0][1]) == "RuntimeError: a cable was pulled"
 
     def test_who_has_gone_takes_no_place_in_the_queue_and_counts_are_whole(self):
-        engine = serve.Engine(None, refrag.ServeConfig(waiting=2))
+        engine = serve.Engine(SimpleNamespace(remote=None), refrag.ServeConfig(waiting=2))
         busy = threading.Event()
         engine.thread.submit(busy.wait)
         first, second, third = (serve.Job(serve.ChatRequest("why?", None), 60, print) for _ in range(3))
@@ -752,7 +752,7 @@ QUESTION = ["--question", "Where do smiths cast bells?"]
 
 
 class TestExport:
-    def test_plain_transformers_gives_the_same_answer_and_vllm_the_same_tensor(self, tiny, done, tmp_path):
+    def test_plain_transformers_gives_the_same_answer_and_vllm_the_same_tensor(self, tiny, done, tmp_path, home):
         """An independent loop, over the folder that was written alone."""
         folder = tmp_path / "out"
         facts = done("export", *tiny, *QUESTION, "--out_dir", folder, "--decoder", "--no_cite")
