@@ -55,7 +55,8 @@ def vllm_server(args: argparse.Namespace, decoder: Path) -> Iterator[str]:
     with open(decoder.with_name("vllm.log"), "wb") as log:
         process = subprocess.Popen(
             [args.vllm, "serve", str(decoder), "--served-model-name", "decoder", "--host", "127.0.0.1",
-             "--port", str(port), "--dtype", args.dtype, "--enable-prompt-embeds"],
+             "--port", str(port), "--dtype", args.dtype, "--enable-prompt-embeds",
+             "--no-enable-prefix-caching"],  # or the prompt of a question asked again would be read at no cost
             env=os.environ | environment, stdout=log, stderr=log)
     try:
         while True:
