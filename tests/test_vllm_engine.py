@@ -217,6 +217,17 @@ def test_of_the_decoder_only_the_embeddings_are_here(served, tiny):
         pipeline_of(served, tiny).answer(QUESTIONS[0])
 
 
+def test_the_first_layers_alone_make_the_same_encoder_and_the_same_inputs(any_decoder):
+    """Whatever the decoder's architecture: indexes are read by the encoder's fingerprint."""
+    device, config = torch.device("cpu"), refrag.RefragConfig(encoder_name_or_path="decoder:2",
+                                                              decoder_name_or_path=str(any_decoder))
+    first = vllm_engine.first_part(config, device, torch.float32)
+    alone, whole = refrag.build_model(config, device, torch.float32, decoder=first), build("decoder:2", any_decoder)
+    assert alone.encoder.fingerprint == whole.encoder.fingerprint and alone.window == whole.window
+    inputs = [model.decoder.get_input_embeddings()(torch.arange(9)) for model in (alone, whole)]
+    assert torch.equal(*inputs) and len(list(first.parameters())) < len(list(whole.decoder.parameters()))
+
+
 def test_a_stop_or_a_client_that_goes_ends_the_work_there(served, tiny, done):
     """The server writes to a closed connection long before its last token."""
     ask = ["generate", *tiny, "--question", QUESTIONS[0], "--max_new", "300"]
