@@ -319,6 +319,8 @@ class GenerateConfig(Options):
     max_new: int = opt(128, "new tokens at most", low=1)
     temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn", low=0)
     top_p: float = opt(1.0, "nucleus sampling from the smallest set of this probability", above=0, high=1)
+    hop_query: str = opt("rule", "with --hops: how the next query is made; model: the decoder writes it from what was "
+                         "found", choices="rule model")
     stop: tuple[str, ...] = opt((), "texts that end the answer and are no part of it")
     cite: bool = opt(True, "if the answer cites nothing, let the decoder choose a passage")
     stream: bool = opt(True, "print the answer as it is decoded")
@@ -477,6 +479,7 @@ class EvalConfig(Options):
     ctx_max: int = like(PackConfig, "ctx_max")
     max_new: int = like(GenerateConfig, "max_new")
     cite: bool = like(GenerateConfig, "cite")
+    hop_query: str = like(GenerateConfig, "hop_query")
     batch_size: int = like(GenerateConfig, "batch_size")
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
     next_tokens: int = opt(128, "with ppl: tokens after them that are predicted", low=1)
@@ -490,6 +493,7 @@ class EvalConfig(Options):
         unknown = ", ".join(name for name in self.named if name not in valid)
         require(not unknown, f"--modes {unknown}: --task {self.task} knows {', '.join(valid) or 'none'}")
         require(len(self.k) == 1 or textual, f"--k takes one value with --task {self.task}")
+        require(self.hop_query == "rule" or self.task in ("qa", "gate"), "--hop_query model: --task qa or gate")
         require(self.gate != "none", "--gate none opens nothing at any --p: use --p 0")
         require(self.context_tokens >= max(self.k),
                 f"--context_tokens must be --k {max(self.k)} or more, got {self.context_tokens}")
@@ -544,6 +548,11 @@ class ServeConfig(Options):
                     f"--cors {origin}: an origin is a scheme and a host without a path")
 
 
+class McpConfig(Options):
+    tools: tuple[str, ...] = opt(("search", "read", "answer"), "what is offered; without answer no decoder is loaded",
+                                 choices="search read answer")
+
+
 class ExportConfig(Options):
     out_dir: str | None = opt(None, "the folder to write", needed=True, fresh=True)
     decoder: bool = opt(False, "also the decoder, with its adapters merged, for transformers")
@@ -576,6 +585,8 @@ COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *conf
     ("generate", "Answer a question from compressed context, with citations and timings.", QuestionConfig, *ANSWERING),
     ("chat", "Answer one question after another, the earlier ones as context; /help lists the commands.", *ANSWERING),
     ("serve", "Answer OpenAI-style requests over HTTP, and show a page to ask from.", ServeConfig, *ANSWERING),
+    ("mcp", "Offer an index to agents as tools, by the Model Context Protocol over stdin and stdout.",
+     McpConfig, *ANSWERING),
     ("export", "Write a question's mixed prompt as embeddings, for vLLM.", ExportConfig, QuestionConfig, *ANSWERING),
     ("eval", "Measure answers, rankings, gate or vectors against controls.", EvalConfig, *RETRIEVAL, ReaderConfig),
     ("bench", "Time answers by context length, or steps of training.", BenchConfig, IndexConfig, ReaderConfig),
@@ -1513,6 +1524,7 @@ RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
 BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
+HOP_PASSAGES = 3  # from which the next query is made
 CHUNK_UNIT = 4  # tokens; larger chunks are built from runs of so many, so that small ones nest in them
 QUERY_BATCH = 64  # questions embedded together
 NPROBE = 64  # lists of an inverted file that a search looks into
@@ -2001,6 +2013,12 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     return vectors, [ChunkTable(cut.ends, cut.sizes, *own) for cut, *own in rows]
 
 
+def rule_query(question: str, passages: Sequence[Passage]) -> str:
+    """The query of the next hop: the question and the beginning of the best new passage."""
+    sentence = SENTENCE_GAP.split(passages[0].text, maxsplit=1)[0][:300]
+    return f"{question} {f'{passages[0].title} {sentence}'.strip()}"
+
+
 class Searcher:
     def __init__(self, index: Index, retriever: str, embedder: Embedder | None, reranker: Callable | None = None):
         uses = RETRIEVERS[retriever]
@@ -2018,27 +2036,26 @@ class Searcher:
             found = {"bm25": self.index.matching(query, depth, where, found.get("dense", ())), **found}
         return found  # BM25 first: it settles equal sums of ranks better than the embedder
 
-    def candidates(self, question: str, depth: int, hops: int,
-                   where: str | None) -> tuple[list[tuple[int, float]], list[dict]]:
+    def candidates(self, question: str, depth: int, hops: int, where: str | None,
+                   next_query: Callable[[str, list[Passage]], str]) -> tuple[list[tuple[int, float]], list[dict]]:
         """(row, score) over all hops, best first, and what `find` gave at each."""
         found, rankings, used, query = [], [], set(), question
         for _ in range(hops):
             found.append(self.find(query, depth, where))
             rankings.append(rrf(list(found[-1].values())))
-            best = next((row for row, _ in rankings[-1] if row not in used), None)
-            if best is None:
+            new = [row for row, _ in rankings[-1] if row not in used][:HOP_PASSAGES]
+            if not new or len(found) == hops:
                 break
-            used.add(best)  # the next hop asks with the question and the beginning of this passage
-            passage = self.index[best]
-            sentence = SENTENCE_GAP.split(passage.text, maxsplit=1)[0][:300]
-            query = f"{question} {f'{passage.title} {sentence}'.strip()}"
+            used.add(new[0])
+            query = next_query(question, [self.index[row] for row in new])
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
-    def search(self, question: str, topk: int, hops: int = 1, where: str | None = None) -> list[Passage]:
-        """The best `topk` passages that pass the filter, without repeats."""
+    def search(self, question: str, topk: int, hops: int = 1, where: str | None = None,
+               next_query: Callable[[str, list[Passage]], str] = rule_query) -> list[Passage]:
+        """The best `topk` passages that pass the filter, without repeats. next_query: see `rule_query`."""
         depth, wanted = max(CANDIDATES, 4 * topk), topk if self.reranker is None else max(32, 4 * topk)
         while True:
-            ranked, found = self.candidates(question, depth, hops, where)
+            ranked, found = self.candidates(question, depth, hops, where, next_query)
             kept: dict[str, tuple[Passage, float]] = {}  # by content: equal passages count once
             for row, score in ranked:
                 if len(kept) < wanted:
@@ -4741,6 +4758,8 @@ def train_phase(name: str, *configs: Options) -> None:
 # 11. Generation. Prefill, decode, citations, and the clock on all of it.
 # =============================================================================
 
+HOP_QUESTION = "Which person, place or thing in the documents is meant by: "
+HOP_TOKENS = 24  # of what it names, at most
 CITATION_TOKENS = 16  # that `choose_citation` may feed at most
 LONGEST_CITATION = 66  # characters, brackets included
 Writer = Callable[[str], bool | None] | None  # receives an answer as it grows; True ends it
@@ -5114,7 +5133,22 @@ class Pipeline:
         searches = self.searcher is not None and settings.mode != "none"
         if not searches:
             return []
-        return self.searcher.search(item["question"], settings.topk, settings.hops, settings.where)
+        following = rule_query if settings.hop_query == "rule" else self.written_query
+        return self.searcher.search(item["question"], settings.topk, settings.hops, settings.where, following)
+
+    def written_query(self, question: str, passages: Sequence[Passage]) -> str:
+        """The query of the next hop: the question and what the decoder says to look up; `rule_query`'s if that is
+        nothing new."""
+        settings = self.settings_for(mode="full", max_new=HOP_TOKENS, temperature=0.0, cite=False, stop=("\n",),
+                                     show_prompt=False, explain=False)
+        asked = {"id": "", "question": HOP_QUESTION + question}
+        [result] = self.generate([self.prepare(asked, settings, passages=passages)])
+        name = parse_citations(result["answer"], [str(rank) for rank in range(1, len(passages) + 1)]).bare
+        if abstains(name) or set(index_terms(name)) <= set(index_terms(question)):
+            notice(f"--hop_query model wrote nothing new ({name!r}): asked by the rule")
+            return rule_query(question, passages)
+        notice(f"next query: {question} {name}")
+        return f"{question} {name}"
 
     def context(self, item: dict[str, Any], passages: list[Passage], settings: Settings) -> Context:
         k, ctx_max = settings.k, settings.ctx_max
@@ -5174,13 +5208,15 @@ class Pipeline:
                 f"{self.model.window}: lower --topk, --p or --max_new, or shorten the question")
 
     def prepare(self, item: dict[str, Any], settings: Settings | None = None,
-                rescore: Callable[[Context, np.ndarray], np.ndarray] | None = None) -> Reading:
-        """Do everything before the prefill. rescore: gives other scores (L,) than the gate's. Raises TooLongError."""
+                rescore: Callable[[Context, np.ndarray], np.ndarray] | None = None,
+                passages: Sequence[Passage] | None = None) -> Reading:
+        """Do everything before the prefill. rescore: gives other scores (L,) than the gate's. passages: those to read,
+        default what is found. Raises TooLongError."""
         settings, watch = settings or self.settings, Stopwatch(self.device)
-        if self.embedder is not None:
+        if self.embedder is not None and passages is None:
             self.embedder.queries.clear()  # so that a question asked again takes as long as at first
         with watch.stage("retrieve_s"):
-            passages = self.retrieve(item, settings)
+            passages = self.retrieve(item, settings) if passages is None else passages
         with watch.stage("pack_s"):
             context = self.context(item, passages, settings)
         with watch.stage("gate_s"):
@@ -5297,8 +5333,8 @@ class Pipeline:
     def describe(self, settings: Settings) -> dict[str, Any]:
         """What an answer depends on; a file of results that is continued must share it."""
         config, stepper = self.model.config, self.stepper
-        named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "where", "hops", "rerank",
-                 "max_new", "temperature", "top_p", "cite")
+        named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "where", "hops", "hop_query",
+                 "rerank", "max_new", "temperature", "top_p", "cite")
         return {**{name: getattr(settings, name) for name in named}, "stop": list(settings.stop),
                 "index_dir": self.index and self.index.manifest["digest"][:16],
                 "retriever": self.searcher and self.searcher.retriever, "seed": settings.sampler.initial_seed(),

@@ -285,7 +285,7 @@ class QuestionTask(Task):
         options = self.options
         pack = refrag.PackConfig(k=options.k[0], floor=options.floor, gate=options.gate, compressed="feed",
                                  ctx_max=options.ctx_max)
-        generate = refrag.GenerateConfig(max_new=options.max_new, cite=options.cite)
+        generate = refrag.GenerateConfig(max_new=options.max_new, cite=options.cite, hop_query=options.hop_query)
         pipeline = refrag.load_pipeline(self.index, self.search, pack, generate, self.models, self.runtime)
         refrag.positive_rows(self.questions, pipeline.index)  # the questions belong to this index
         return pipeline

@@ -513,6 +513,38 @@ SHORT = [  # passages as a newcomer writes them, with a question each
     ("The museum in Namur was founded in 1874 by a baker.", "When was the museum in Namur founded?", "1874")]
 
 
+HOP = "Where do smiths cast bells?"
+
+
+@pytest.mark.parametrize("said", [None, "", "The bells?", refrag.NO_ANSWER, "the mill [1]"])
+def test_the_decoder_writes_the_query_of_the_next_hop(run, index_dir, llama, monkeypatch, capsys, said):
+    """What plain transformers says to the question over the best three passages; the rule's if that is nothing new."""
+    pipeline = refrag.open_pipeline(index_dir, dec=str(llama), enc="decoder:2", load_dir="none", engine="model",
+                                    max_new=2, topk=2)
+    searcher, asked, generate, tokenizer = pipeline.searcher, [], pipeline.generate, pipeline.tokenizer.decoder
+    monkeypatch.setattr(searcher, "find", lambda query, *more: asked.append(query) or refrag.Searcher.find(
+        searcher, query, *more))
+    if said is not None:
+        monkeypatch.setattr(pipeline, "generate", lambda readings, writers=(): (
+            [{"answer": said}] if readings[0].settings.max_new > 2 else generate(readings, writers)))
+    pipeline.answer(HOP, hops=2, hop_query="model")
+    assert len(asked) == 2 and asked[0] == HOP
+    best = searcher.search(HOP, 3)
+    docs = "".join(f'<doc id="{p.rank}">\n{p.content}\n</doc>\n' for p in best)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": f"{refrag.ASK_WITH_CONTEXT}{docs}\nQuestion: {refrag.HOP_QUESTION}{HOP}"}],
+        add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    out = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=refrag.HOP_TOKENS, do_sample=False)
+    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip().partition("\n")[0].strip()
+    new = {None: text, "the mill [1]": "the mill"}.get(said)
+    assert asked[1] == (f"{HOP} {new}" if new else refrag.rule_query(HOP, best))
+    assert ("wrote nothing new" if new is None else f"next query: {HOP} ") in capsys.readouterr().err
+    asked.clear()
+    pipeline.answer(HOP, hops=2)
+    assert asked[1] == refrag.rule_query(HOP, best), "the rule is the default"
+
+
 @pytest.mark.models
 @pytest.mark.parametrize(("first", "last"), [(0, 1), (1, 5), (0, 8)])
 def test_short_corpora_are_read_by_default(tmp_path, shared, pipeline, first, last):
