@@ -553,6 +553,7 @@ class ServeConfig(Options):
     cors: tuple[str, ...] = opt((), "origins whose pages may ask this server, as https://app.example")
     waiting: int = opt(64, "requests that may wait; further ones get 429", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
+    writable: bool = opt(False, "let clients add files to the index; beyond this machine only with --api_key")
 
     def check(self) -> None:
         for origin in self.cors:
@@ -870,7 +871,7 @@ def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
 
 def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
     """A progress bar on stderr, around items or alone, shown after a second. done: steps of an earlier run."""
-    pace = 0.1 if sys.stderr.isatty() else 30.0  # seconds; in a log, where nothing is erased, the bar is drawn rarely
+    pace = 0.1 if sys.stderr.isatty() else float(os.environ.get("REFRAG_BAR_SECONDS", 30))  # rarely in a log
     return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
                 leave=False, dynamic_ncols=True, file=sys.stderr)
 

@@ -361,8 +361,8 @@ async def read_body(request: Request, timeout: float) -> bytes:
 class Service:
     """What the addresses of the server do. Its methods take and return Starlette's requests and responses."""
 
-    def __init__(self, engine: Engine, serve: refrag.ServeConfig):
-        self.engine, self.serve = engine, serve
+    def __init__(self, engine: Engine, serve: refrag.ServeConfig, uploads: Any = None):
+        self.engine, self.serve, self.uploads = engine, serve, uploads
         embedder = engine.pipeline.embedder
         self.models = {"refrag": "answers"} | ({embedder.name: "embeddings"} if embedder is not None else {})
 
@@ -370,7 +370,7 @@ class Service:
         table = (("/v1/chat/completions", self.chat, "POST"), ("/v1/embeddings", self.embeddings, "POST"),
                  ("/v1/models", self.list_models, "GET"), ("/v1/models/{name:path}", self.one_model, "GET"),
                  ("/healthz", self.health, "GET"), ("/metrics", self.metrics, "GET"), ("/docs", self.docs, "GET"),
-                 ("/", self.page, "GET"))
+                 ("/", self.page, "GET"), *([("/v1/documents", self.uploads.post, "POST")] if self.uploads else ()))
         return [Route(path, self.guarded(answer), methods=[method]) for path, answer, method in table]
 
     def guarded(self, answer: Callable) -> Callable:
@@ -474,7 +474,14 @@ class Service:
             "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]})
 
     def model_facts(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": 0, "owned_by": "refrag", "use": self.models[name]}
+        facts = {"id": name, "object": "model", "created": 0, "owned_by": "refrag", "use": self.models[name]}
+        if name == "refrag":
+            pipeline = self.engine.pipeline
+            settings = pipeline.describe(pipeline.settings)
+            facts |= {"decoder": Path(settings["dec"]).name, "engine": settings["engine"], "device": settings["device"],
+                      "passages": 0 if pipeline.index is None else len(pipeline.index),
+                      "takes": self.uploads.taken() if self.uploads else None}
+        return facts
 
     async def list_models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self.model_facts(name) for name in self.models]})
@@ -496,18 +503,19 @@ class Service:
         return HTMLResponse((PAGES / "index.html").read_text(encoding="utf-8"))
 
 
-def make_app(engine: Engine, serve: refrag.ServeConfig, address: str) -> Starlette:
-    """The server as a Starlette application. address: what it listens on.
+def make_app(engine: Engine, serve: refrag.ServeConfig, address: str, uploads: Any = None) -> Starlette:
+    """The server as a Starlette application. address: what it listens on; uploads: with --writable. Raises UserError.
 
     On a loopback address it answers to this machine's names alone: a page elsewhere could have its own name resolve to
     127.0.0.1 and would then be no page from elsewhere.
     """
-    service, layers = Service(engine, serve), []
+    service, layers = Service(engine, serve, uploads), []
     if ipaddress.ip_address(address).is_loopback:
         own = f"[{address}]" if ":" in address else address
         layers.append(Middleware(TrustedHostMiddleware, www_redirect=False,
                                  allowed_hosts=["localhost", "127.0.0.1", "[::1]", own, serve.host]))
     elif serve.api_key is None:
+        refrag.require(not serve.writable, f"--writable: {address} lets other machines in: set an --api_key")
         refrag.notice(f"warning: {address} lets other machines in, and there is no --api_key: whoever reaches this "
                       "server can read its passages")
     if serve.cors:
@@ -518,10 +526,15 @@ def make_app(engine: Engine, serve: refrag.ServeConfig, address: str) -> Starlet
 
 def run(serve: refrag.ServeConfig, *configs: Any) -> None:
     """Serve until SIGINT or SIGTERM; then requests in work are finished, for ten seconds at most."""
+    uploads = None
+    if serve.writable:
+        from refrag_extras.uploads import Uploads
+
+        uploads = Uploads(serve.timeout, configs[0], *configs[-2:])
     engine = Engine(refrag.answering(None, *configs), serve)
     with listening_socket(serve) as listener:
         host, port = listener.getsockname()[:2]
-        app = make_app(engine, serve, host)
+        app = make_app(engine, serve, host, uploads)
         name = f"[{host}]" if ":" in host else host
         refrag.notice(f"serving on http://{name}:{port} (page at /, description at /docs)")
         config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=10,
