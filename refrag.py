@@ -196,7 +196,8 @@ class Options:
 class RuntimeConfig(Options):
     device: str = opt("auto", "where to compute", choices="auto cuda mps cpu")
     dtype: str = opt("auto", "auto: bfloat16 where the hardware has it, else float32", choices="auto float32 bfloat16")
-    engine: str = opt("auto", "CPU decoding; auto: int4 if that is lossless, else int8", choices="auto model int8 int4")
+    engine: str = opt("auto", "CPU decoding by model, int8 or int4 (auto: int4 if that is lossless, else int8), or a "
+                      "vLLM server's: vllm+http://HOST:PORT")
     threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
     seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
     json: bool = opt(False, "print one JSON object on stdout, also on an error")
@@ -204,6 +205,18 @@ class RuntimeConfig(Options):
     offline: bool = opt(False, "never contact a model hub")
     debug: bool = opt(False, "show the traceback of an error")
     config: str | None = opt(None, "TOML file of defaults; a flag or REFRAG_<FLAG> in the environment beats it")
+
+    def check(self) -> None:
+        require(re.fullmatch(r"auto|model|int8|int4|vllm\+https?://[^\s/]+/?", self.engine) is not None,
+                f"--engine must be one of auto, model, int8, int4, vllm+http://HOST:PORT, got {self.engine!r}")
+
+    @property
+    def remote(self) -> bool:
+        """Whether a server holds the decoder's weights."""
+        return self.engine.startswith("vllm")
+
+    def require_decoder(self, what: str) -> None:
+        require(not self.remote, f"{what} needs the decoder's weights here: leave --engine {self.engine} out")
 
 
 class CorpusConfig(Options):
@@ -319,6 +332,8 @@ class GenerateConfig(Options):
     max_new: int = opt(128, "new tokens at most", low=1)
     temperature: float = opt(0.0, "0 is greedy; above it --seed decides what is drawn", low=0)
     top_p: float = opt(1.0, "nucleus sampling from the smallest set of this probability", above=0, high=1)
+    hop_query: str = opt("rule", "with --hops: how the next query is made; model: the decoder writes it from what was "
+                         "found", choices="rule model")
     stop: tuple[str, ...] = opt((), "texts that end the answer and are no part of it")
     cite: bool = opt(True, "if the answer cites nothing, let the decoder choose a passage")
     stream: bool = opt(True, "print the answer as it is decoded")
@@ -477,6 +492,7 @@ class EvalConfig(Options):
     ctx_max: int = like(PackConfig, "ctx_max")
     max_new: int = like(GenerateConfig, "max_new")
     cite: bool = like(GenerateConfig, "cite")
+    hop_query: str = like(GenerateConfig, "hop_query")
     batch_size: int = like(GenerateConfig, "batch_size")
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
     next_tokens: int = opt(128, "with ppl: tokens after them that are predicted", low=1)
@@ -490,6 +506,7 @@ class EvalConfig(Options):
         unknown = ", ".join(name for name in self.named if name not in valid)
         require(not unknown, f"--modes {unknown}: --task {self.task} knows {', '.join(valid) or 'none'}")
         require(len(self.k) == 1 or textual, f"--k takes one value with --task {self.task}")
+        require(self.hop_query == "rule" or self.task in ("qa", "gate"), "--hop_query model: --task qa or gate")
         require(self.gate != "none", "--gate none opens nothing at any --p: use --p 0")
         require(self.context_tokens >= max(self.k),
                 f"--context_tokens must be --k {max(self.k)} or more, got {self.context_tokens}")
@@ -536,11 +553,17 @@ class ServeConfig(Options):
     cors: tuple[str, ...] = opt((), "origins whose pages may ask this server, as https://app.example")
     waiting: int = opt(64, "requests that may wait; further ones get 429", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
+    writable: bool = opt(False, "let clients add files to the index; beyond this machine only with --api_key")
 
     def check(self) -> None:
         for origin in self.cors:
             require(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin) is not None,
                     f"--cors {origin}: an origin is a scheme and a host without a path")
+
+
+class McpConfig(Options):
+    tools: tuple[str, ...] = opt(("search", "read", "answer"), "what is offered; without answer no decoder is loaded",
+                                 choices="search read answer")
 
 
 class ExportConfig(Options):
@@ -575,6 +598,8 @@ COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *conf
     ("generate", "Answer a question from compressed context, with citations and timings.", QuestionConfig, *ANSWERING),
     ("chat", "Answer one question after another, the earlier ones as context; /help lists the commands.", *ANSWERING),
     ("serve", "Answer OpenAI-style requests over HTTP, and show a page to ask from.", ServeConfig, *ANSWERING),
+    ("mcp", "Offer an index to agents as tools, by the Model Context Protocol over stdin and stdout.",
+     McpConfig, *ANSWERING),
     ("export", "Write a question's mixed prompt as embeddings, for vLLM.", ExportConfig, QuestionConfig, *ANSWERING),
     ("eval", "Measure answers, rankings, gate or vectors against controls.", EvalConfig, *RETRIEVAL, ReaderConfig),
     ("bench", "Time answers by context length, or steps of training.", BenchConfig, IndexConfig, ReaderConfig),
@@ -846,7 +871,7 @@ def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
 
 def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
     """A progress bar on stderr, around items or alone, shown after a second. done: steps of an earlier run."""
-    pace = 0.1 if sys.stderr.isatty() else 30.0  # seconds; in a log, where nothing is erased, the bar is drawn rarely
+    pace = 0.1 if sys.stderr.isatty() else float(os.environ.get("REFRAG_BAR_SECONDS", 30))  # rarely in a log
     return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
                 leave=False, dynamic_ncols=True, file=sys.stderr)
 
@@ -1513,6 +1538,7 @@ RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
 BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
+HOP_PASSAGES = 3  # from which the next query is made
 CHUNK_UNIT = 4  # tokens; larger chunks are built from runs of so many, so that small ones nest in them
 QUERY_BATCH = 64  # questions embedded together
 NPROBE = 64  # lists of an inverted file that a search looks into
@@ -2054,6 +2080,12 @@ def chunk_tables(contents: list[str], chunking: Chunking, embedder: Embedder | N
     return vectors, [ChunkTable(cut.ends, cut.sizes, *own) for cut, *own in rows]
 
 
+def rule_query(question: str, passages: Sequence[Passage]) -> str:
+    """The query of the next hop: the question and the beginning of the best new passage."""
+    sentence = SENTENCE_GAP.split(passages[0].text, maxsplit=1)[0][:300]
+    return f"{question} {f'{passages[0].title} {sentence}'.strip()}"
+
+
 class Searcher:
     def __init__(self, index: Index, retriever: str, embedder: Embedder | None, reranker: Callable | None = None):
         uses = RETRIEVERS[retriever]
@@ -2071,27 +2103,26 @@ class Searcher:
             found = {"bm25": self.index.matching(query, depth, where, found.get("dense", ())), **found}
         return found  # BM25 first: it settles equal sums of ranks better than the embedder
 
-    def candidates(self, question: str, depth: int, hops: int,
-                   where: str | None) -> tuple[list[tuple[int, float]], list[dict]]:
+    def candidates(self, question: str, depth: int, hops: int, where: str | None,
+                   next_query: Callable[[str, list[Passage]], str]) -> tuple[list[tuple[int, float]], list[dict]]:
         """(row, score) over all hops, best first, and what `find` gave at each."""
         found, rankings, used, query = [], [], set(), question
         for _ in range(hops):
             found.append(self.find(query, depth, where))
             rankings.append(rrf(list(found[-1].values())))
-            best = next((row for row, _ in rankings[-1] if row not in used), None)
-            if best is None:
+            new = [row for row, _ in rankings[-1] if row not in used][:HOP_PASSAGES]
+            if not new or len(found) == hops:
                 break
-            used.add(best)  # the next hop asks with the question and the beginning of this passage
-            passage = self.index[best]
-            sentence = SENTENCE_GAP.split(passage.text, maxsplit=1)[0][:300]
-            query = f"{question} {f'{passage.title} {sentence}'.strip()}"
+            used.add(new[0])
+            query = next_query(question, [self.index[row] for row in new])
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
-    def search(self, question: str, topk: int, hops: int = 1, where: str | None = None) -> list[Passage]:
-        """The best `topk` passages that pass the filter, without repeats."""
+    def search(self, question: str, topk: int, hops: int = 1, where: str | None = None,
+               next_query: Callable[[str, list[Passage]], str] = rule_query) -> list[Passage]:
+        """The best `topk` passages that pass the filter, without repeats. next_query: see `rule_query`."""
         depth, wanted = max(CANDIDATES, 4 * topk), topk if self.reranker is None else max(32, 4 * topk)
         while True:
-            ranked, found = self.candidates(question, depth, hops, where)
+            ranked, found = self.candidates(question, depth, hops, where, next_query)
             kept: dict[str, tuple[Passage, float]] = {}  # by content: equal passages count once
             for row, score in ranked:
                 if len(kept) < wanted:
@@ -2648,6 +2679,14 @@ def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
         return AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=dtype, **SAFE).to(device).eval()
 
 
+def cut_config(config: Any, layers: int) -> None:
+    """Make a model's configuration that of its first layers."""
+    config.num_hidden_layers = layers
+    for name in ("layer_types", "layers_block_type"):
+        if vars(config).get(name):
+            setattr(config, name, getattr(config, name)[:layers])
+
+
 def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:
     """The decoder's first layers as a model of its own, without the final norm.
 
@@ -2663,10 +2702,7 @@ def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_e
     left_out = {id(layer): nn.Identity() for layer in body.get_submodule(stacks[0])[layers:]}
     model = copy.deepcopy(body, kept | left_out)
     model.set_submodule(stacks[0], model.get_submodule(stacks[0])[:layers])
-    model.config.num_hidden_layers = layers
-    for name in ("layer_types", "layers_block_type"):
-        if vars(model.config).get(name):
-            setattr(model.config, name, getattr(model.config, name)[:layers])
+    cut_config(model.config, layers)
     for name in ("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"):
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, nn.Identity())  # it was trained for the last layer's states
@@ -3082,23 +3118,25 @@ class RefragModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path | Checkpoint, *, device: torch.device | str = "cpu",
-                        dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0) -> RefragModel:
+                        dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0,
+                        decoder: nn.Module | None = None) -> RefragModel:
         """Load a checkpoint folder. Raises UserError, CorruptError, MismatchError that names the tensor.
 
-        train, lora_r: what will be trained further, see `build_model`. Adapters are merged into the decoder's weights
-        unless training goes on with them.
+        train, lora_r, decoder: see `build_model`; what was trained is not read into a decoder that is given. Adapters
+        are merged into the decoder's weights unless training goes on with them.
         """
         checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
         checkpoint.verify()
         config = checkpoint.config
         saved, lora = config.training_model, config.lora
-        model = build_model(config, torch.device(device), dtype, train)
+        model = build_model(config, torch.device(device), dtype, train, decoder)
         model.carried = {name: checkpoint.tensors(name) for name in config.scorers}
         if saved or lora or not config.scorers or (checkpoint.path / "projector.safetensors").exists():
             checkpoint.load("projector", model.projector, exactly=bool(train))
         if "e" in saved:
             checkpoint.load("encoder", model.encoder, without=model.encoder.borrowed, exactly=bool(train))
-        if "d" in saved:
+        lora = lora if decoder is None else None
+        if "d" in saved and decoder is None:
             checkpoint.load("decoder", model.decoder, exactly=bool(train))
         if lora and train and ("d" not in train or lora_r == lora["r"]):
             add_lora(model.decoder, lora["r"])
@@ -3244,15 +3282,18 @@ def build_tokenizer(config: RefragConfig) -> RefragTokenizer:
                            load_tokenizer(config.encoder_name_or_path) if separate else None)
 
 
-def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, train: str = "") -> RefragModel:
+def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, train: str = "",
+                decoder: nn.Module | None = None) -> RefragModel:
     """A model from the encoder and decoder that the configuration names. Raises UserError, MissingError, MismatchError.
 
-    train: letters of what will be trained: those parts are float32 and share no memory with another.
+    train: letters of what will be trained: those parts are float32 and share no memory with another. decoder: its first
+    layers, if a server has the others.
     """
     trained, layers = {*config.training_model, *train}, encoder_layers(config.encoder_name_or_path)
     tokenizer = build_tokenizer(config)
-    decoder = load_decoder(config.decoder_name_or_path, device, dtype)
-    check_base(config, "decoder", decoder)
+    if decoder is None:
+        decoder = load_decoder(config.decoder_name_or_path, device, dtype)
+        check_base(config, "decoder", decoder)
     check_tokens(config.decoder_name_or_path, tokenizer.decoder, decoder,
                  functools.partial(render_chat, tokenizer.decoder))
     if layers is not None:
@@ -3321,14 +3362,16 @@ def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> R
     return config
 
 
-def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
-    """The model of --load_dir, or an untrained one from --enc and --dec. train, lora_r: see `from_pretrained`."""
+def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lora_r: int = 0,
+               decoder: nn.Module | None = None) -> RefragModel:
+    """The model of --load_dir, or an untrained one from --enc and --dec. The rest: see `from_pretrained`."""
     device, checkpoint = pick_device(runtime.device), find_checkpoint(models)
     dtype = pick_dtype(runtime.dtype, device)
     if checkpoint is None:
-        model = build_model(model_config(models), device, dtype, train)
+        model = build_model(model_config(models), device, dtype, train, decoder)
     else:
-        model = RefragModel.from_pretrained(checkpoint, device=device, dtype=dtype, train=train, lora_r=lora_r)
+        model = RefragModel.from_pretrained(checkpoint, device=device, dtype=dtype, train=train, lora_r=lora_r,
+                                            decoder=decoder)
         model.checkpoint = checkpoint.digest
     return model
 
@@ -4803,6 +4846,8 @@ def train_phase(name: str, *configs: Options) -> None:
 # 11. Generation. Prefill, decode, citations, and the clock on all of it.
 # =============================================================================
 
+HOP_QUESTION = "Which person, place or thing in the documents is meant by: "
+HOP_TOKENS = 24  # of what it names, at most
 CITATION_TOKENS = 16  # that `choose_citation` may feed at most
 LONGEST_CITATION = 66  # characters, brackets included
 Writer = Callable[[str], bool | None] | None  # receives an answer as it grows; True ends it
@@ -5058,27 +5103,19 @@ def parse_citations(answer: str, labels: Sequence[str]) -> Citations:
     return Citations(bare, answer[:at], begun, [(label, label not in labels) for label in cited])
 
 
-@torch.inference_mode()
-def choose_citation(decoder: nn.Module, tokenizer: Any, state: DecoderState, row: int, pending: Sequence[int],
-                    labels: Sequence[str]) -> tuple[str, DecoderState]:
-    """The document that the decoder itself names when made to write " [id]" after its answer, and the new state.
+def choose_citation(best: Callable[[list[int], list[int]], int], tokenizer: Any, labels: Sequence[str]) -> str:
+    """The document that the decoder itself names when made to write " [id]" after its answer.
 
-    row: the sequence in the batch; what it is fed is hidden from the others. pending: its tokens that were sampled but
-    not fed. Greedy among the labels, so it cannot be forged."""
-    B = len(state.position)
-    alive = torch.arange(B, device=state.position.device) == row
-    opening = tokenizer(" [", add_special_tokens=False)["input_ids"]
+    best(tokens, allowed): feeds tokens, and gives the most probable next one of those allowed. Greedy among the labels,
+    so it cannot be forged."""
+    unread = opening = tokenizer(" [", add_special_tokens=False)["input_ids"]
     options = {label: tokenizer(f"{label}]", add_special_tokens=False)["input_ids"] for label in labels}
-    unread = [*pending, *opening]
     for depth in range(CITATION_TOKENS - len(opening) + 1):
         if len(options) == 1 or min(map(len, options.values())) == depth:
             break  # one label is left, or the shortest is used up
-        for token in unread:
-            logits, state = decode_one_token(decoder, state.position.new_full((B,), token), state, alive)
-        allowed = sorted({ids[depth] for ids in options.values()})
-        unread = [allowed[int(logits[row, allowed].argmax())]]
+        unread = [best(unread, sorted({ids[depth] for ids in options.values()}))]
         options = {label: ids for label, ids in options.items() if ids[depth] == unread[0]}
-    return min(options, key=lambda label: len(options[label])), state
+    return min(options, key=lambda label: len(options[label]))
 
 
 def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Callable[[], str],
@@ -5162,6 +5199,14 @@ class Reading:
         return how
 
 
+class Written(NamedTuple):
+    """What an engine makes of readings. best(row, tokens, allowed): `choose_citation`'s, after the answer of a row."""
+    outs: list[Decoded]
+    first_s: list[float]  # from the prompt in hand to the first token
+    kv_bytes: int | None  # of each, None if a server holds them
+    best: Callable[[int, list[int], list[int]], int]
+
+
 class Pipeline:
     """From a question to a cited answer: `prepare` runs `retrieve`, `context`, `score`, `inputs`; `generate` decodes.
     `settings` are the defaults."""
@@ -5171,6 +5216,7 @@ class Pipeline:
         self.model, self.searcher, self.embedder = model, searcher, embedder
         self.seed, self.stepper, self.load_s = seed, stepper, 0.0
         self.started: tuple[Any, DecoderState | None] = None, None  # see `start`
+        self.remote = stepper if hasattr(stepper, "write") else None  # see refrag_extras/vllm_engine.py
         self.tokenizer, self.device = model.encoder.tokenizer, next(model.decoder.parameters()).device
         self.index = searcher.index if searcher else None
         built = self.index.manifest["chunking"] if searcher else {}
@@ -5208,7 +5254,22 @@ class Pipeline:
         searches = self.searcher is not None and settings.mode != "none"
         if not searches:
             return []
-        return self.searcher.search(item["question"], settings.topk, settings.hops, settings.where)
+        following = rule_query if settings.hop_query == "rule" else self.written_query
+        return self.searcher.search(item["question"], settings.topk, settings.hops, settings.where, following)
+
+    def written_query(self, question: str, passages: Sequence[Passage]) -> str:
+        """The query of the next hop: the question and what the decoder says to look up; `rule_query`'s if that is
+        nothing new."""
+        settings = self.settings_for(mode="full", max_new=HOP_TOKENS, temperature=0.0, cite=False, stop=("\n",),
+                                     show_prompt=False, explain=False)
+        asked = {"id": "", "question": HOP_QUESTION + question}
+        [result] = self.generate([self.prepare(asked, settings, passages=passages)])
+        name = parse_citations(result["answer"], [str(rank) for rank in range(1, len(passages) + 1)]).bare
+        if abstains(name) or set(index_terms(name)) <= set(index_terms(question)):
+            notice(f"--hop_query model wrote nothing new ({name!r}): asked by the rule")
+            return rule_query(question, passages)
+        notice(f"next query: {question} {name}")
+        return f"{question} {name}"
 
     def context(self, item: dict[str, Any], passages: list[Passage], settings: Settings) -> Context:
         k, ctx_max = settings.k, settings.ctx_max
@@ -5261,20 +5322,23 @@ class Pipeline:
     def check_window(self, positions: int, settings: Settings) -> None:
         """Raise TooLongError unless prompt, answer and a citation after it fit what the decoder was built for."""
         citation = CITATION_TOKENS if settings.cite and settings.mode != "none" else 0
-        if positions + settings.max_new + citation > (self.model.window or math.inf):
+        window = min(w for w in (self.model.window, getattr(self.remote, "window", None), math.inf) if w)
+        if positions + settings.max_new + citation > window:
             more = f" and a citation {citation}" if citation else ""
             raise TooLongError(
                 f"the prompt takes {positions} positions, --max_new {settings.max_new}{more}; the decoder's window is "
-                f"{self.model.window}: lower --topk, --p or --max_new, or shorten the question")
+                f"{window}: lower --topk, --p or --max_new, or shorten the question")
 
     def prepare(self, item: dict[str, Any], settings: Settings | None = None,
-                rescore: Callable[[Context, np.ndarray], np.ndarray] | None = None) -> Reading:
-        """Do everything before the prefill. rescore: gives other scores (L,) than the gate's. Raises TooLongError."""
+                rescore: Callable[[Context, np.ndarray], np.ndarray] | None = None,
+                passages: Sequence[Passage] | None = None) -> Reading:
+        """Do everything before the prefill. rescore: gives other scores (L,) than the gate's. passages: those to read,
+        default what is found. Raises TooLongError."""
         settings, watch = settings or self.settings, Stopwatch(self.device)
-        if self.embedder is not None:
+        if self.embedder is not None and passages is None:
             self.embedder.queries.clear()  # so that a question asked again takes as long as at first
         with watch.stage("retrieve_s"):
-            passages = self.retrieve(item, settings)
+            passages = self.retrieve(item, settings) if passages is None else passages
         with watch.stage("pack_s"):
             context = self.context(item, passages, settings)
         with watch.stage("gate_s"):
@@ -5323,13 +5387,35 @@ class Pipeline:
 
     def generate(self, readings: Sequence[Reading], writers: Sequence[Writer] = ()) -> list[dict[str, Any]]:
         """Decode answers of the same settings together."""
-        settings, writers = readings[0].settings, writers or [None] * len(readings)
-        if len(readings) > 1 and not self.batches:
-            return [self.generate([one], [write])[0] for one, write in zip(readings, writers, strict=True)]
-        decoder, watch = self.model.decoder, Stopwatch(self.device)
+        settings, writers, remote = readings[0].settings, writers or [None] * len(readings), self.remote
+        if len(readings) > 1 and (remote or not self.batches):
+            pairs = [([reading], [write]) for reading, write in zip(readings, writers, strict=True)]
+            with ThreadPoolExecutor(len(pairs)) as pool:  # a server takes them all at once
+                alone = pool.map if remote else map
+                return [result for [result] in alone(lambda pair: self.generate(*pair), pairs)]
         for reading in readings if settings.show_prompt else ():
             notice(show_plan(reading.context, reading.plan, self.tokenizer))
-        streams = [TextStream(self.tokenizer.decoder, settings.stop, write) for write in writers]
+        tokenizer = remote.tokenizer if remote else self.tokenizer.decoder
+        streams = [TextStream(tokenizer, settings.stop, write) for write in writers]
+        outs, first_s, kv_bytes, best = (remote or self).write(
+            readings, (lambda b, tokens: streams[b](tokens)) if any(writers) or settings.stop else None)
+        results = []
+        for row, (reading, out, stream) in enumerate(zip(readings, outs, streams, strict=True)):
+            reading.seconds["prefill_s"] = first_s[row]
+            answer, chosen = stream.update(out.tokens).rstrip(), None
+            if settings.cite and reading.labels:
+                seen = {doc.label: doc.content for doc in reading.context.docs
+                        if reading.how_read[doc.label] != "left out"}
+                choose = functools.partial(choose_citation, functools.partial(best, row), tokenizer, list(seen))
+                answer, chosen = cite(answer, reading.labels, seen, choose, settings.stop)
+            out = out._replace(ended=out.ended or stream.stopped)
+            results.append(self.result(reading, out, answer, chosen, kv_bytes))
+            stream.show(answer)
+        return results
+
+    def write(self, readings: Sequence[Reading], on_token: Callable[[int, list[int]], bool | None] | None) -> Written:
+        """Decode by the decoder itself. on_token: see `decode`."""
+        decoder, settings, watch = self.model.decoder, readings[0].settings, Stopwatch(self.device)
         with watch.stage("prefill_s"):
             known, start = self.start(readings)
             read = prefill_each if self.device.type == "cpu" else prefill
@@ -5338,30 +5424,21 @@ class Pipeline:
         pick = functools.partial(sample, temperature=settings.temperature, top_p=settings.top_p,
                                  generator=settings.sampler)
         outs, state = decode(decoder, logits, state, max_new=settings.max_new, stops=settings.stop_tokens,
-                             pick=pick, watch=watch, stepper=self.stepper,
-                             on_token=(lambda b, tokens: streams[b](tokens)) if any(writers) or settings.stop else None)
+                             pick=pick, watch=watch, stepper=self.stepper, on_token=on_token)
+        pending = [[] if out.ended else out.tokens[-1:] for out in outs]  # sampled, but not fed
 
-        def let_decoder_cite(row: int, pending: list[int], labels: list[str]) -> str:
+        def best(row: int, tokens: list[int], allowed: list[int]) -> int:
             nonlocal state
-            chosen, state = choose_citation(decoder, self.tokenizer.decoder, state, row, pending, labels)
-            return chosen
+            alive = torch.arange(len(outs), device=self.device) == row  # what it is fed is hidden from the others
+            for token in [*pending[row], *tokens]:
+                logits, state = decode_one_token(decoder, state.position.new_full((len(outs),), token), state, alive)
+            pending[row].clear()
+            return allowed[int(logits[row, allowed].argmax())]
 
-        results = []
-        for row, (reading, out, stream) in enumerate(zip(readings, outs, streams, strict=True)):
-            reading.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - sampled
-            answer, chosen = stream.update(out.tokens).rstrip(), None
-            if settings.cite and reading.labels:
-                seen = {doc.label: doc.content for doc in reading.context.docs
-                        if reading.how_read[doc.label] != "left out"}
-                pending = [] if out.ended else out.tokens[-1:]
-                choose = functools.partial(let_decoder_cite, row, pending, list(seen))
-                answer, chosen = cite(answer, reading.labels, seen, choose, settings.stop)
-            out = out._replace(ended=out.ended or stream.stopped)
-            results.append(self.result(reading, out, answer, chosen, kv_bytes))
-            stream.show(answer)
-        return results
+        return Written(outs, [watch.seconds["prefill_s"] + out.times[0] - sampled for out in outs], kv_bytes, best)
 
-    def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None, kv_bytes: int) -> dict[str, Any]:
+    def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None,
+               kv_bytes: int | None) -> dict[str, Any]:
         context, labels, how_read = reading.context, reading.labels, reading.how_read
         source = dict(zip(labels, reading.passages, strict=False))  # --prompt's documents have no passage
         ids = {label: source[label].id if label in source else label for label in labels}
@@ -5398,7 +5475,7 @@ class Pipeline:
                  "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
                 for i, (text, why) in enumerate(zip(texts, reasons, strict=True))]
 
-    def metrics(self, reading: Reading, out: Decoded, kv_bytes: int) -> dict[str, Any]:
+    def metrics(self, reading: Reading, out: Decoded, kv_bytes: int | None) -> dict[str, Any]:
         prompt, full, positions = reading.context.prompt, len(reading.context.prompt.input_ids), len(reading.plan)
         later, steps, total = out.times[-1] - out.times[0], len(out.times) - 1, prompt.context_tokens
         stages = {name: round(reading.seconds.get(name, 0.0), 6)
@@ -5413,8 +5490,8 @@ class Pipeline:
     def describe(self, settings: Settings) -> dict[str, Any]:
         """What an answer depends on; a file of results that is continued must share it."""
         config, stepper = self.model.config, self.stepper
-        named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "where", "hops", "rerank",
-                 "max_new", "temperature", "top_p", "cite")
+        named = ("mode", "k", "p", "floor", "gate", "compressed", "ctx_max", "topk", "where", "hops", "hop_query",
+                 "rerank", "max_new", "temperature", "top_p", "cite")
         return {**{name: getattr(settings, name) for name in named}, "stop": list(settings.stop),
                 "index_dir": self.index and self.index.manifest["digest"][:16],
                 "retriever": self.searcher and self.searcher.retriever, "seed": settings.sampler.initial_seed(),
@@ -5432,10 +5509,10 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     if needs_index:
         require(index.index_dir is not None, "--index_dir is missing: name the folder `index` wrote")
         index_manifest(index.index_dir)  # fail before anything is loaded if this is not an index
-    model = load_model(models, runtime)
+    engine = importlib.import_module(f"refrag_extras.{'vllm' if runtime.remote else 'cpu'}_engine")
+    model = engine.load_model(models, pack, runtime) if runtime.remote else load_model(models, runtime)
     with ThreadPoolExecutor(1) as aside:  # a second of arithmetic, beside the embedder's imports
-        cpu_engine = importlib.import_module("refrag_extras.cpu_engine")
-        stepper = aside.submit(cpu_engine.make_stepper, model.decoder, runtime.engine)
+        stepper = aside.submit(engine.make_stepper, model.decoder, runtime.engine)
         searcher = load_searcher(index, search, runtime) if needs_index else None
         embedder = searcher.embedder if searcher else None
         gated = pack.gate in ("auto", *VECTOR_GATES) and not pack.heuristic and 0 < pack.p < 1

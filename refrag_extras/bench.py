@@ -464,6 +464,7 @@ def bench_training(bench: refrag.BenchConfig, models: refrag.ModelConfig, runtim
 
 def run(bench: refrag.BenchConfig, index: refrag.IndexConfig, models: refrag.ReaderConfig,
         runtime: refrag.RuntimeConfig) -> None:
+    runtime.require_decoder("bench")
     with contextlib.ExitStack() as held:
         if bench.out_dir is not None:
             held.enter_context(refrag.run_folder(Path(bench.out_dir), True, BENCH_FILES, "bench.json"))

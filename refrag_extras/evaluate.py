@@ -285,7 +285,7 @@ class QuestionTask(Task):
         options = self.options
         pack = refrag.PackConfig(k=options.k[0], floor=options.floor, gate=options.gate, compressed="feed",
                                  ctx_max=options.ctx_max)
-        generate = refrag.GenerateConfig(max_new=options.max_new, cite=options.cite)
+        generate = refrag.GenerateConfig(max_new=options.max_new, cite=options.cite, hop_query=options.hop_query)
         pipeline = refrag.load_pipeline(self.index, self.search, pack, generate, self.models, self.runtime)
         refrag.positive_rows(self.questions, pipeline.index)  # the questions belong to this index
         return pipeline
@@ -546,6 +546,10 @@ class TextTask(Task):
     without_wrong = ""  # how to do without that control
     unused = frozenset({"k", "gate", "ctx_max", "max_new", "cite"}) | {
         f.name for config in (refrag.IndexConfig, refrag.SearchConfig) for f in dataclasses.fields(config)}
+
+    def __init__(self, *configs: Any):
+        super().__init__(*configs)
+        self.runtime.require_decoder(f"--task {self.options.task}")
 
     def sources(self) -> dict[str, Any]:
         files = [fact["sha256"][:16] for fact in refrag.file_facts(self.options.texts)]

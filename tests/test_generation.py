@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -347,8 +348,8 @@ class TestCitations:
     def test_choice_follows_the_decoder(self, tiny):
         """Against scoring " [id]" for each id by a full forward: the choice is greedy, token by token."""
         reading, decoder, tokenizer = read(tiny, p=1.0), tiny.model.decoder, tiny.tokenizer.decoder
-        out, state = run_decoder(tiny, reading.inputs, 5)
-        chosen, _ = refrag.choose_citation(decoder, tokenizer, state, 0, out.tokens[-1:], ["a", "b", "c"])
+        [out], _, _, best = tiny.write([reading], None)
+        chosen = refrag.choose_citation(functools.partial(best, 0), tokenizer, ["a", "b", "c"])
         opening = tokenizer(" [", add_special_tokens=False)["input_ids"]
         last = plain_logits(decoder, [*reading.context.prompt.input_ids.tolist(), *out.tokens, *opening])
         options = {label: tokenizer(f"{label}]", add_special_tokens=False)["input_ids"][0] for label in "abc"}
@@ -357,11 +358,10 @@ class TestCitations:
 
     def test_no_citation_is_longer_than_its_room(self, tiny):
         """Ids that are alike for a hundred tokens are not told apart to the last one."""
-        tokenizer, decoder = tiny.tokenizer.decoder, tiny.model.decoder
-        _, state = refrag.prefill(decoder, [torch.randn(5, decoder.config.hidden_size)])
-        labels = ["q" * 100 + "a", "q" * 100 + "bb"]
-        chosen, after = refrag.choose_citation(decoder, tokenizer, state, 0, [], labels)
-        assert chosen == labels[0] and int(after.position[0]) - 5 <= refrag.CITATION_TOKENS
+        labels, fed = ["q" * 100 + "a", "q" * 100 + "bb"], []
+        chosen = refrag.choose_citation(lambda tokens, allowed: fed.extend(tokens) or allowed[0],
+                                        tiny.tokenizer.decoder, labels)
+        assert chosen == labels[0] and 2 < len(fed) <= refrag.CITATION_TOKENS
 
     def test_the_window_has_room_for_a_citation_that_is_chosen(self, llama):
         """Prompt and answer end at the window's last position."""
@@ -545,6 +545,38 @@ SHORT = [  # passages as a newcomer writes them, with a question each
     ("Room 12 is booked by Ines for the budget meeting.", "Who booked room 12?", "Ines"),
     ("The spare key hangs behind the boiler in the cellar.", "Where does the spare key hang?", "boiler"),
     ("The museum in Namur was founded in 1874 by a baker.", "When was the museum in Namur founded?", "1874")]
+
+
+HOP = "Where do smiths cast bells?"
+
+
+@pytest.mark.parametrize("said", [None, "", "The bells?", refrag.NO_ANSWER, "the mill [1]"])
+def test_the_decoder_writes_the_query_of_the_next_hop(run, index_dir, llama, monkeypatch, capsys, said):
+    """What plain transformers says to the question over the best three passages; the rule's if that is nothing new."""
+    pipeline = refrag.open_pipeline(index_dir, dec=str(llama), enc="decoder:2", load_dir="none", engine="model",
+                                    max_new=2, topk=2)
+    searcher, asked, generate, tokenizer = pipeline.searcher, [], pipeline.generate, pipeline.tokenizer.decoder
+    monkeypatch.setattr(searcher, "find", lambda query, *more: asked.append(query) or refrag.Searcher.find(
+        searcher, query, *more))
+    if said is not None:
+        monkeypatch.setattr(pipeline, "generate", lambda readings, writers=(): (
+            [{"answer": said}] if readings[0].settings.max_new > 2 else generate(readings, writers)))
+    pipeline.answer(HOP, hops=2, hop_query="model")
+    assert len(asked) == 2 and asked[0] == HOP
+    best = searcher.search(HOP, 3)
+    docs = "".join(f'<doc id="{p.rank}">\n{p.content}\n</doc>\n' for p in best)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": f"{refrag.ASK_WITH_CONTEXT}{docs}\nQuestion: {refrag.HOP_QUESTION}{HOP}"}],
+        add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    out = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=refrag.HOP_TOKENS, do_sample=False)
+    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip().partition("\n")[0].strip()
+    new = {None: text, "the mill [1]": "the mill"}.get(said)
+    assert asked[1] == (f"{HOP} {new}" if new else refrag.rule_query(HOP, best))
+    assert ("wrote nothing new" if new is None else f"next query: {HOP} ") in capsys.readouterr().err
+    asked.clear()
+    pipeline.answer(HOP, hops=2)
+    assert asked[1] == refrag.rule_query(HOP, best), "the rule is the default"
 
 
 @pytest.mark.models

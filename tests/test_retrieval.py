@@ -314,6 +314,12 @@ def test_a_second_hop_follows_the_first(words_index, ask):
     # the third starts from the best passage that the second did not start from
     assert set(ids_of(ask(index, question, "--hops", 3))) == {"bell", "ferrand", "barents"}
     assert ids_of(ask(index, "zebra", "--hops", 3)) == []
+    # whoever else makes the next query is given the best new passages, and not asked after the last search
+    asked, replies = [], iter(("Norway", "temperature"))
+    searcher = refrag.Searcher(refrag.open_index(index), "bm25", None)
+    found = searcher.search(question, 9, 3, None, lambda *given: asked.append(given) or next(replies))
+    assert {p.id for p in found} == {"bell", "ferrand", "barents", "copper"}
+    assert [(q, passages[0].id) for q, passages in asked] == [(question, "bell"), (question, "barents")]
 
 
 def test_reranker_reorders_the_candidates(index_dir, ask, monkeypatch):
