@@ -7,7 +7,7 @@ SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 
 # cpu, cuda or rocm
 ARG ACCEL=cpu
-ARG EXTRAS=docs,milvus
+ARG EXTRAS=docs,mcp,milvus
 ENV PATH=/opt/refrag/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 \
     REFRAG_HOME=/var/lib/refrag/cache HF_HOME=/var/lib/refrag/huggingface
 RUN useradd --uid 10001 --home-dir /var/lib/refrag --create-home refrag; python3 -m venv /opt/refrag
