@@ -195,8 +195,9 @@ class Options:
 
 class RuntimeConfig(Options):
     device: str = opt("auto", "where to compute", choices="auto cuda mps cpu")
-    dtype: str = opt("auto", "auto: bfloat16 on CUDA and in CPU encoders", choices="auto float32 bfloat16")
-    engine: str = opt("auto", "CPU decoding; auto: int4 if that is lossless, else int8", choices="auto model int8 int4")
+    dtype: str = opt("auto", "auto: bfloat16 where the hardware has it, else float32", choices="auto float32 bfloat16")
+    engine: str = opt("auto", "CPU decoding by model, int8 or int4 (auto: int4 if that is lossless, else int8), or a "
+                      "vLLM server's: vllm+http://HOST:PORT")
     threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
     seed: int = opt(1337, "random seed", low=0, high=2**63 - 1)
     json: bool = opt(False, "print one JSON object on stdout, also on an error")
@@ -204,6 +205,18 @@ class RuntimeConfig(Options):
     offline: bool = opt(False, "never contact a model hub")
     debug: bool = opt(False, "show the traceback of an error")
     config: str | None = opt(None, "TOML file of defaults; a flag or REFRAG_<FLAG> in the environment beats it")
+
+    def check(self) -> None:
+        require(re.fullmatch(r"auto|model|int8|int4|vllm\+https?://[^\s/]+/?", self.engine) is not None,
+                f"--engine must be one of auto, model, int8, int4, vllm+http://HOST:PORT, got {self.engine!r}")
+
+    @property
+    def remote(self) -> bool:
+        """Whether a server holds the decoder's weights."""
+        return self.engine.startswith("vllm")
+
+    def require_decoder(self, what: str) -> None:
+        require(not self.remote, f"{what} needs the decoder's weights here: leave --engine {self.engine} out")
 
 
 class CorpusConfig(Options):
@@ -540,6 +553,7 @@ class ServeConfig(Options):
     cors: tuple[str, ...] = opt((), "origins whose pages may ask this server, as https://app.example")
     waiting: int = opt(64, "requests that may wait; further ones get 429", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
+    writable: bool = opt(False, "let clients add files to the index; beyond this machine only with --api_key")
 
     def check(self) -> None:
         for origin in self.cors:
@@ -802,7 +816,7 @@ if __name__ == "__main__":
 
 # =============================================================================
 # 2. Imports. The heavy ones. sentence-transformers is the exception: it costs
-#    two seconds, so only `load_embedder` and `load_reranker` pay for it.
+#    two seconds, so only rerankers and rarer embedders pay for it.
 # =============================================================================
 
 try:
@@ -857,7 +871,7 @@ def emit(result: dict[str, Any], runtime: RuntimeConfig, text: str) -> None:
 
 def progress(items: Iterable | None, label: str, total: int | None = None, unit: str = "it", done: int = 0) -> tqdm:
     """A progress bar on stderr, around items or alone, shown after a second. done: steps of an earlier run."""
-    pace = 0.1 if sys.stderr.isatty() else 30.0  # seconds; in a log, where nothing is erased, the bar is drawn rarely
+    pace = 0.1 if sys.stderr.isatty() else float(os.environ.get("REFRAG_BAR_SECONDS", 30))  # rarely in a log
     return tqdm(items, desc=label, total=total, unit=unit, initial=done, delay=1.0, mininterval=pace, disable=QUIET,
                 leave=False, dynamic_ncols=True, file=sys.stderr)
 
@@ -890,17 +904,18 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_dtype(name: str, device: torch.device, encoding: bool = False) -> torch.dtype:
-    """The precision. auto: bfloat16 on CUDA, else float32, so that no answer depends on its batch.
-
-    encoding: passages and chunks in bfloat16 also on CPUs that compute in it: up to 3 times as fast, cosine .9999.
-    """
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision for `--dtype`. auto: bfloat16 where the hardware multiplies in it, else float32."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    able = getattr(torch.cpu, "get_capabilities", dict)() if encoding and device.type == "cpu" else {}
-    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+    able = {"cuda": torch.cuda.is_bf16_supported, "cpu": cpu_computes_bfloat16}.get(device.type, bool)
+    return torch.bfloat16 if able() else torch.float32
+
+
+def cpu_computes_bfloat16() -> bool:
+    """Whether the CPU has instructions for it, with which a prompt is read in half the time; without, in far more."""
+    flags = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 or later
+    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
 
 def synchronize(device: torch.device) -> None:
@@ -1658,14 +1673,67 @@ class Embedder:
         return self.unit_length(vectors), states, [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
 
 
-def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
-    from sentence_transformers import SentenceTransformer
+class MeanEmbedder(nn.ModuleList):
+    """The most common sentence-transformers model, the mean of token states at unit length, without the two seconds
+    that importing the library takes. Names and numbers are the library's."""
 
+    similarity_fn_name = prompts = None
+
+    def __init__(self, path: str):
+        model = AutoModel.from_pretrained(path, dtype=torch.float32, **SAFE)
+        super().__init__([nn.ModuleDict({"model": model})])  # as the library names its weights
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.max_seq_length = json.loads(Path(path, "sentence_bert_config.json").read_text())["max_seq_length"]
+
+    @staticmethod
+    def fits(path: str) -> bool:
+        """Whether a folder holds such a model, and no more than that."""
+        names = "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"
+        try:
+            modules, pooling, more = (json.loads(Path(path, name).read_text(encoding="utf-8")) for name in names)
+        except OSError:
+            return False
+        return ([one["type"].rpartition(".")[2] for one in modules] == ["Transformer", "Pooling", "Normalize"]
+                and {key for key, value in pooling.items() if value is True} == {"pooling_mode_mean_tokens"}
+                and more.keys() == {"__version__"})
+
+    @property
+    def transformers_model(self) -> PreTrainedModel:
+        return self[0]["model"]
+
+    def get_embedding_dimension(self) -> int:
+        return self.transformers_model.config.hidden_size
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str], batch_size: int = 32, output_value: str | None = "sentence_embedding",
+               **_: Any) -> list[Any]:
+        """The vector (dim,) of each text; without an output_value also its token states, as the library gives them."""
+        found: dict[int, dict[str, Tensor]] = {}
+        for batch in batched(np.argsort([-len(text) for text in texts]).tolist(), batch_size):
+            tokens = self.tokenizer([texts[i] for i in batch], padding=True, truncation=True, return_tensors="pt",
+                                    max_length=self.max_seq_length).to(self.transformers_model.device)
+            states = self.transformers_model(**tokens).last_hidden_state  # (B, T, dim)
+            mask = tokens["attention_mask"][..., None].to(states.dtype)
+            means = (states * mask).sum(1, dtype=torch.float32) / mask.sum(1, dtype=torch.float32)
+            vectors = nn.functional.normalize(means.to(states.dtype), dim=1)  # (B, dim)
+            columns = ("sentence_embedding", vectors), ("token_embeddings", states), ("attention_mask", mask[..., 0])
+            found |= {i: {name: column[row] for name, column in columns} for row, i in enumerate(batch)}
+        return [found[i][output_value].float().cpu() if output_value else found[i] for i in range(len(texts))]
+
+    encode_query = encode_document = encode
+
+
+def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
     name, device = name or next(iter(BUNDLED)), pick_device(runtime.device)
     with hub_errors(name):
-        model = SentenceTransformer(model_path(name), device=str(device), model_kwargs=SAFE)
+        path = model_path(name)
+        if MeanEmbedder.fits(path):
+            model = MeanEmbedder(path).eval().to(device)
+        else:
+            model = importlib.import_module("sentence_transformers").SentenceTransformer(
+                path, device=str(device), model_kwargs=SAFE)
         check_tokens(name, model.tokenizer, model.transformers_model)
-        return Embedder(name, model, pick_dtype(runtime.dtype, device, encoding=True))
+        return Embedder(name, model, pick_dtype(runtime.dtype, device))
 
 
 def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]], np.ndarray]:
@@ -2611,6 +2679,14 @@ def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
         return AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=dtype, **SAFE).to(device).eval()
 
 
+def cut_config(config: Any, layers: int) -> None:
+    """Make a model's configuration that of its first layers."""
+    config.num_hidden_layers = layers
+    for name in ("layer_types", "layers_block_type"):
+        if vars(config).get(name):
+            setattr(config, name, getattr(config, name)[:layers])
+
+
 def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:
     """The decoder's first layers as a model of its own, without the final norm.
 
@@ -2626,10 +2702,7 @@ def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_e
     left_out = {id(layer): nn.Identity() for layer in body.get_submodule(stacks[0])[layers:]}
     model = copy.deepcopy(body, kept | left_out)
     model.set_submodule(stacks[0], model.get_submodule(stacks[0])[:layers])
-    model.config.num_hidden_layers = layers
-    for name in ("layer_types", "layers_block_type"):
-        if vars(model.config).get(name):
-            setattr(model.config, name, getattr(model.config, name)[:layers])
+    cut_config(model.config, layers)
     for name in ("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"):
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, nn.Identity())  # it was trained for the last layer's states
@@ -2750,7 +2823,7 @@ class ChunkEncoder(nn.Module):
         super().__init__()
         require(not (contextual and pooling == "cls"), "--pooling cls needs a separate encoder, not decoder:N")
         self.backbone, self.tokenizer, self.contextual, self.pooling = backbone, tokenizer, contextual, pooling
-        self.width, self.precision = backbone.config.hidden_size, backbone.dtype  # of `encode`, not of training
+        self.width = backbone.config.hidden_size
 
     @property
     def fingerprint(self) -> str:
@@ -2833,9 +2906,7 @@ class ChunkEncoder(nn.Module):
         pooled, rows = torch.zeros(int(bounds[-1]) if len(bounds) else 0, self.width), self.inputs(contents, cuts)
         if rows:
             ids, owners = (torch.from_numpy(np.concatenate(column)) for column in zip(*rows, strict=True))
-            with torch.autocast(self.backbone.device.type, self.precision,
-                                enabled=self.precision != self.backbone.dtype):
-                pooled = self(ids, [len(row) for row, _ in rows], owners, len(pooled))
+            pooled = self(ids, [len(row) for row, _ in rows], owners, len(pooled))
         stored = pooled.cpu().numpy().astype(np.float16).astype(np.float32)
         check_finite(stored, "encoder")
         return np.split(stored, bounds)[:-1]
@@ -2931,13 +3002,17 @@ def lora_names(decoder: nn.Module) -> set[str]:
     return {name for name, _ in decoder.named_parameters() if ".lora_" in name}
 
 
+LORA_SCALE = 2
+
+
 def add_lora(decoder: nn.Module, rank: int) -> None:
     """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head. Raises UserError."""
     width = decoder.get_input_embeddings().weight.shape[1]
     require(rank <= width, f"--lora_r {rank} is more than the decoder's width {width}: give less")
     import peft
 
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, bias="none")
+    config = peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear", lora_dropout=0.0,
+                             bias="none")
     try:
         with warnings.catch_warnings(action="ignore"):  # that GPT-2's layers are transposed, which peft handles
             peft.inject_adapter_in_model(config, decoder)
@@ -2948,13 +3023,20 @@ def add_lora(decoder: nn.Module, rank: int) -> None:
         decoder.get_parameter(name).data = decoder.get_parameter(name).data.float()
 
 
-def merge_lora(model: RefragModel) -> None:
-    """Add the adapters to the decoder's weights: it is then as fast as one that never had any."""
-    layer = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
-    for name, module in list(model.decoder.named_modules()):
-        if isinstance(module, layer):
-            module.merge(safe_merge=True)
-            model.decoder.set_submodule(name, module.base_layer)
+def merge_lora(model: RefragModel, checkpoint: Checkpoint, rank: int) -> None:
+    """Add a checkpoint's adapters to the decoder's weights: it is then as fast as one that never had any. peft would
+    give the same numbers after a second of imports and modules."""
+    decoder, conv = model.decoder, transformers.pytorch_utils.Conv1D  # GPT-2's layers, which are transposed
+    layers = {name: module for name, module in decoder.named_modules()
+              if isinstance(module, nn.Linear | conv) and module is not decoder.get_output_embeddings()}
+    shapes = {name: module.weight.shape[:: -1 if isinstance(module, conv) else 1] for name, module in layers.items()}
+    expected = {f"{name}.lora_{side}.default.weight": (rank, columns) if side == "A" else (rows, rank)
+                for name, (rows, columns) in shapes.items() for side in "AB"}
+    tensors = checkpoint.tensors("lora", expected)
+    for name, module in layers.items():
+        down, up = (tensors[f"{name}.lora_{side}.default.weight"].to(decoder.device).float() for side in "AB")
+        change, weight = LORA_SCALE * (up @ down), module.weight
+        weight.data = (weight + (change.T if isinstance(module, conv) else change)).to(weight.dtype)
     model.config.lora = None
     if "d" not in model.config.training_model:
         model.config.training_model += "d"
@@ -3036,33 +3118,34 @@ class RefragModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path | Checkpoint, *, device: torch.device | str = "cpu",
-                        dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0) -> RefragModel:
+                        dtype: torch.dtype = torch.float32, train: str = "", lora_r: int = 0,
+                        decoder: nn.Module | None = None) -> RefragModel:
         """Load a checkpoint folder. Raises UserError, CorruptError, MismatchError that names the tensor.
 
-        train, lora_r: what will be trained further, see `build_model`. Adapters are merged into the decoder's weights
-        unless training goes on with them.
+        train, lora_r, decoder: see `build_model`; what was trained is not read into a decoder that is given. Adapters
+        are merged into the decoder's weights unless training goes on with them.
         """
         checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
         checkpoint.verify()
         config = checkpoint.config
         saved, lora = config.training_model, config.lora
-        model = build_model(config, torch.device(device), dtype, train)
+        model = build_model(config, torch.device(device), dtype, train, decoder)
         model.carried = {name: checkpoint.tensors(name) for name in config.scorers}
         if saved or lora or not config.scorers or (checkpoint.path / "projector.safetensors").exists():
             checkpoint.load("projector", model.projector, exactly=bool(train))
         if "e" in saved:
             checkpoint.load("encoder", model.encoder, without=model.encoder.borrowed, exactly=bool(train))
-        if "d" in saved:
+        lora = lora if decoder is None else None
+        if "d" in saved and decoder is None:
             checkpoint.load("decoder", model.decoder, exactly=bool(train))
-        if lora:
+        if lora and train and ("d" not in train or lora_r == lora["r"]):
             add_lora(model.decoder, lora["r"])
             base = part_tensors(model.decoder).keys() - lora_names(model.decoder)
             checkpoint.load("lora", model.decoder, without=base)
-            rank_changes = "d" in train and lora_r != lora["r"]
-            if rank_changes:
+        elif lora:
+            if train:
                 model.decoder.float()  # what adapters add to a weight is less than bfloat16 tells apart
-            if rank_changes or not train:
-                merge_lora(model)
+            merge_lora(model, checkpoint, lora["r"])
         return model.eval()
 
 
@@ -3102,34 +3185,36 @@ class Checkpoint:
         files = self.manifest["files"] if self.manifest else {}
         verify_files(self.path, {name: files[name] for name in files if name != CARD}, CHECKPOINT_FORMAT, read_all=True)
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a part's file. Raises CorruptError."""
+    def tensors(self, name: str, expected: dict[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
+        """The tensors of a part's file. expected: their shapes. Raises CorruptError, or MismatchError that names one.
+        """
         path = self.path / f"{name}.safetensors"
         if not path.is_file():
             raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
         try:
-            return load_file(path)
+            tensors = load_file(path)
         except SafetensorError as error:
             raise CorruptError(f"{path} is damaged ({one_line(error)[:100]}): save the checkpoint again") from None
+        found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        for key in () if expected is None else sorted(expected.keys() | found.keys()):
+            if expected.get(key) != found.get(key):
+                raise MismatchError(f"{path}: tensor {key} has shape {found.get(key, 'none')}, the model has "
+                                    f"{expected.get(key, 'none')}: use the models of the checkpoint's config.json")
+        return tensors
 
     def load(self, name: str, part: nn.Module, without: Collection[str] = (), exactly: bool = False) -> None:
-        """Load a part's weights except some. Raises CorruptError, or MismatchError that names the tensor.
+        """Load a part's weights except some. Raises CorruptError, MismatchError.
 
         exactly: in float32 if the file is, to train on from there: bfloat16 would round away what it has learned.
         """
-        tensors = self.tensors(name)
+        own = {key: tensor for key, tensor in part_tensors(part).items() if key not in without}
+        tensors = self.tensors(name, {key: tuple(tensor.shape) for key, tensor in own.items()})
         if exactly and any(tensor.dtype == torch.float32 for tensor in tensors.values()):
             part.float()
-        own = {key: tensor for key, tensor in part_tensors(part).items() if key not in without}
-        found, expected = ({key: tuple(t.shape) for key, t in side.items()} for side in (tensors, own))
-        for key in sorted(expected.keys() | found.keys()):
-            if expected.get(key) != found.get(key):
-                shapes = (side.get(key, "none") for side in (found, expected))
-                raise MismatchError("{}.safetensors: tensor {} has shape {}, the model has {}: use the models of the "
-                                    "checkpoint's config.json".format(self.path / name, key, *shapes))
+            own = part_tensors(part)
         with torch.no_grad():
-            for key, tensor in own.items():
-                tensor.copy_(tensors[key])
+            for key in tensors:
+                own[key].copy_(tensors[key])
 
 
 def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[str, Tensor]],
@@ -3197,15 +3282,18 @@ def build_tokenizer(config: RefragConfig) -> RefragTokenizer:
                            load_tokenizer(config.encoder_name_or_path) if separate else None)
 
 
-def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, train: str = "") -> RefragModel:
+def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, train: str = "",
+                decoder: nn.Module | None = None) -> RefragModel:
     """A model from the encoder and decoder that the configuration names. Raises UserError, MissingError, MismatchError.
 
-    train: letters of what will be trained: those parts are float32 and share no memory with another.
+    train: letters of what will be trained: those parts are float32 and share no memory with another. decoder: its first
+    layers, if a server has the others.
     """
     trained, layers = {*config.training_model, *train}, encoder_layers(config.encoder_name_or_path)
     tokenizer = build_tokenizer(config)
-    decoder = load_decoder(config.decoder_name_or_path, device, dtype)
-    check_base(config, "decoder", decoder)
+    if decoder is None:
+        decoder = load_decoder(config.decoder_name_or_path, device, dtype)
+        check_base(config, "decoder", decoder)
     check_tokens(config.decoder_name_or_path, tokenizer.decoder, decoder,
                  functools.partial(render_chat, tokenizer.decoder))
     if layers is not None:
@@ -3213,7 +3301,7 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
                                 share_embeddings="d" not in trained)  # adapters leave the embeddings alone
     else:
         with hub_errors(config.encoder_name_or_path):
-            backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=torch.float32, **SAFE)
+            backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=dtype, **SAFE)
         check_base(config, "encoder", backbone)
         check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
     encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, contextual=layers is not None, pooling=config.pooling)
@@ -3274,16 +3362,17 @@ def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> R
     return config
 
 
-def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lora_r: int = 0) -> RefragModel:
-    """The model of --load_dir, or an untrained one from --enc and --dec. train, lora_r: see `from_pretrained`."""
+def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lora_r: int = 0,
+               decoder: nn.Module | None = None) -> RefragModel:
+    """The model of --load_dir, or an untrained one from --enc and --dec. The rest: see `from_pretrained`."""
     device, checkpoint = pick_device(runtime.device), find_checkpoint(models)
     dtype = pick_dtype(runtime.dtype, device)
     if checkpoint is None:
-        model = build_model(model_config(models), device, dtype, train)
+        model = build_model(model_config(models), device, dtype, train, decoder)
     else:
-        model = RefragModel.from_pretrained(checkpoint, device=device, dtype=dtype, train=train, lora_r=lora_r)
+        model = RefragModel.from_pretrained(checkpoint, device=device, dtype=dtype, train=train, lora_r=lora_r,
+                                            decoder=decoder)
         model.checkpoint = checkpoint.digest
-    model.encoder.precision = pick_dtype(runtime.dtype, device, encoding=True)
     return model
 
 
@@ -4785,7 +4874,7 @@ def cache_bytes(cache: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
-def forward_step(decoder: nn.Module, state: DecoderState | None, mask: Tensor | None, position_ids: Tensor,
+def forward_step(decoder: nn.Module, cache: Any, mask: Tensor | None, position_ids: Tensor,
                  **inputs: Tensor) -> tuple[Tensor, Any]:
     """Call the decoder once: (logits of the last position (B, V), cache). Passes only what its architecture takes."""
     arguments: dict[str, Any] = {**inputs, "use_cache": True}
@@ -4797,22 +4886,53 @@ def forward_step(decoder: nn.Module, state: DecoderState | None, mask: Tensor | 
         arguments["attention_mask"] = mask
     if takes(type(decoder), "position_ids"):  # hybrids cannot infer them from a cache whose first layer is recurrent
         arguments["position_ids"] = position_ids
-    if state is not None:
-        arguments["cache"] = state.cache
+    if cache is not None:
+        arguments["cache"] = cache
     output = decoder(**arguments)
     return output.logits[:, -1], output.cache
 
 
 @torch.inference_mode()
-def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, DecoderState]:
-    """Read prompts. inputs: (T_i, D) each, padded on the left. Returns the next token's logits (B, V) and the state."""
-    lengths = torch.tensor([len(x) for x in inputs], device=inputs[0].device)
+def prefill(decoder: nn.Module, inputs: Sequence[Tensor],
+            start: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
+    """Read prompts, padded on the left. Returns the next token's logits (B, V) and the state.
+
+    inputs: (T_i, D) each. start: the state of one sequence with which all of them begin; they are what follows it.
+    """
+    B, device, known, cache = len(inputs), inputs[0].device, 0, None
+    lengths = torch.tensor([len(x) for x in inputs], device=device)
     embeds = nn.utils.rnn.pad_sequence(list(inputs), batch_first=True, padding_side="left")  # (B, T, D)
     T = embeds.shape[1]
-    positions = torch.arange(T, device=lengths.device) - (T - lengths[:, None])  # (B, T), below 0 where padded
-    mask = (positions >= 0).long() if len(inputs) > 1 else None
-    logits, cache = forward_step(decoder, None, mask, positions.clamp(min=0), inputs_embeds=embeds)
-    return logits, DecoderState(cache, mask, lengths)
+    positions = torch.arange(T, device=device) - (T - lengths[:, None])  # (B, T), below 0 where padded
+    mask = (positions >= 0).long() if B > 1 else None
+    if start is not None:
+        known, cache = int(start.position), copy.deepcopy(start.cache)
+        if mask is not None:
+            cache.batch_repeat_interleave(B)
+            mask = nn.functional.pad(mask, (known, 0), value=1)
+    logits, cache = forward_step(decoder, cache, mask, positions.clamp(min=0) + known, inputs_embeds=embeds)
+    return logits, DecoderState(cache, mask, lengths + known)
+
+
+@torch.inference_mode()
+def prefill_each(decoder: nn.Module, inputs: Sequence[Tensor],
+                 start: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
+    """The same as `prefill`, but one prompt is read after the other, so that none depends on its neighbours' lengths: a
+    CPU's products round by their shape, and padding costs it time. Then keys and values are padded."""
+    logits, states = zip(*(prefill(decoder, [prompt], start) for prompt in inputs), strict=True)
+    if len(inputs) == 1:
+        return logits[0], states[0]
+    lengths = torch.cat([state.position for state in states])
+    T = int(lengths.max())
+    cache = states[int(lengths.argmax())].cache
+    layers = list(zip(*(state.cache.layers for state in states), strict=True))  # before any of them changes
+    for joined, parts in zip(cache.layers, layers, strict=True):
+        for name in ("keys", "values"):
+            rows = [getattr(part, name)[0].transpose(0, 1) for part in parts]  # (T, KV, D) each
+            padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+            setattr(joined, name, padded.transpose(1, 2))
+    mask = (torch.arange(T) >= T - lengths[:, None]).long()
+    return torch.cat(logits), DecoderState(cache, mask, lengths)
 
 
 @torch.inference_mode()
@@ -4827,7 +4947,7 @@ def decode_one_token(decoder: nn.Module, token: Tensor, state: DecoderState,
     if (engine := getattr(state.cache, "stepper", None)) is not None:  # see refrag_extras/cpu_engine.py
         logits, cache = engine.step(token, state.cache, mask, state.position)
     else:
-        logits, cache = forward_step(decoder, state, mask, state.position[:, None], input_ids=token[:, None])
+        logits, cache = forward_step(decoder, state.cache, mask, state.position[:, None], input_ids=token[:, None])
     return logits, DecoderState(cache, mask, state.position + step)
 
 
@@ -4983,27 +5103,19 @@ def parse_citations(answer: str, labels: Sequence[str]) -> Citations:
     return Citations(bare, answer[:at], begun, [(label, label not in labels) for label in cited])
 
 
-@torch.inference_mode()
-def choose_citation(decoder: nn.Module, tokenizer: Any, state: DecoderState, row: int, pending: Sequence[int],
-                    labels: Sequence[str]) -> tuple[str, DecoderState]:
-    """The document that the decoder itself names when made to write " [id]" after its answer, and the new state.
+def choose_citation(best: Callable[[list[int], list[int]], int], tokenizer: Any, labels: Sequence[str]) -> str:
+    """The document that the decoder itself names when made to write " [id]" after its answer.
 
-    row: the sequence in the batch; what it is fed is hidden from the others. pending: its tokens that were sampled but
-    not fed. Greedy among the labels, so it cannot be forged."""
-    B = len(state.position)
-    alive = torch.arange(B, device=state.position.device) == row
-    opening = tokenizer(" [", add_special_tokens=False)["input_ids"]
+    best(tokens, allowed): feeds tokens, and gives the most probable next one of those allowed. Greedy among the labels,
+    so it cannot be forged."""
+    unread = opening = tokenizer(" [", add_special_tokens=False)["input_ids"]
     options = {label: tokenizer(f"{label}]", add_special_tokens=False)["input_ids"] for label in labels}
-    unread = [*pending, *opening]
     for depth in range(CITATION_TOKENS - len(opening) + 1):
         if len(options) == 1 or min(map(len, options.values())) == depth:
             break  # one label is left, or the shortest is used up
-        for token in unread:
-            logits, state = decode_one_token(decoder, state.position.new_full((B,), token), state, alive)
-        allowed = sorted({ids[depth] for ids in options.values()})
-        unread = [allowed[int(logits[row, allowed].argmax())]]
+        unread = [best(unread, sorted({ids[depth] for ids in options.values()}))]
         options = {label: ids for label, ids in options.items() if ids[depth] == unread[0]}
-    return min(options, key=lambda label: len(options[label])), state
+    return min(options, key=lambda label: len(options[label]))
 
 
 def cite(answer: str, labels: Sequence[str], seen: dict[str, str], choose: Callable[[], str],
@@ -5087,6 +5199,14 @@ class Reading:
         return how
 
 
+class Written(NamedTuple):
+    """What an engine makes of readings. best(row, tokens, allowed): `choose_citation`'s, after the answer of a row."""
+    outs: list[Decoded]
+    first_s: list[float]  # from the prompt in hand to the first token
+    kv_bytes: int | None  # of each, None if a server holds them
+    best: Callable[[int, list[int], list[int]], int]
+
+
 class Pipeline:
     """From a question to a cited answer: `prepare` runs `retrieve`, `context`, `score`, `inputs`; `generate` decodes.
     `settings` are the defaults."""
@@ -5095,6 +5215,8 @@ class Pipeline:
                  pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None):
         self.model, self.searcher, self.embedder = model, searcher, embedder
         self.seed, self.stepper, self.load_s = seed, stepper, 0.0
+        self.started: tuple[Any, DecoderState | None] = None, None  # see `start`
+        self.remote = stepper if hasattr(stepper, "write") else None  # see refrag_extras/vllm_engine.py
         self.tokenizer, self.device = model.encoder.tokenizer, next(model.decoder.parameters()).device
         self.index = searcher.index if searcher else None
         built = self.index.manifest["chunking"] if searcher else {}
@@ -5200,11 +5322,12 @@ class Pipeline:
     def check_window(self, positions: int, settings: Settings) -> None:
         """Raise TooLongError unless prompt, answer and a citation after it fit what the decoder was built for."""
         citation = CITATION_TOKENS if settings.cite and settings.mode != "none" else 0
-        if positions + settings.max_new + citation > (self.model.window or math.inf):
+        window = min(w for w in (self.model.window, getattr(self.remote, "window", None), math.inf) if w)
+        if positions + settings.max_new + citation > window:
             more = f" and a citation {citation}" if citation else ""
             raise TooLongError(
                 f"the prompt takes {positions} positions, --max_new {settings.max_new}{more}; the decoder's window is "
-                f"{self.model.window}: lower --topk, --p or --max_new, or shorten the question")
+                f"{window}: lower --topk, --p or --max_new, or shorten the question")
 
     def prepare(self, item: dict[str, Any], settings: Settings | None = None,
                 rescore: Callable[[Context, np.ndarray], np.ndarray] | None = None,
@@ -5228,10 +5351,30 @@ class Pipeline:
         return Reading(item, settings, passages, context, given, scores, expanded, kept, plan, inputs, watch.seconds)
 
     @functools.cached_property
-    def batches(self) -> bool:
-        """Whether answers can be decoded together: recurrent layers, which keep no keys, would read the padding."""
+    def attends(self) -> bool:
+        """Whether all layers keep keys. Recurrent ones would read padding, and cannot go on from a state."""
         _, state = prefill(self.model.decoder, [self.model.decoder.get_input_embeddings().weight[:1].detach()])
         return all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
+
+    @property
+    def batches(self) -> bool:
+        """Whether answers can be decoded together and be what each is alone; a CPU's products in bfloat16 round by
+        their shape."""
+        exact = self.device.type != "cpu" or self.model.decoder.dtype == torch.float32 or self.stepper is not None
+        return self.attends and exact
+
+    def start(self, readings: Sequence[Reading]) -> tuple[int, DecoderState | None]:
+        """The positions before the first document if all the prompts share them, and the decoder's state after these.
+        The last one is kept, so that the instructions before nearly all prompts are read once."""
+        starts = {tuple(reading.plan[: blocks[0][0]].tolist()) if (blocks := reading.context.prompt.blocks) else ()
+                  for reading in readings}
+        if len(starts) > 1 or not max(starts) or not self.attends:
+            return 0, None
+        [start] = starts
+        if self.started[0] != start:
+            _, state = prefill(self.model.decoder, [readings[0].inputs[: len(start)]])
+            self.started = start, state
+        return len(start), self.started[1]
 
     def answer(self, question: str, on_text: Writer = None, **changes: Any) -> dict[str, Any]:
         """The result of one question. changes: see `settings_for`."""
@@ -5244,43 +5387,58 @@ class Pipeline:
 
     def generate(self, readings: Sequence[Reading], writers: Sequence[Writer] = ()) -> list[dict[str, Any]]:
         """Decode answers of the same settings together."""
-        settings, writers = readings[0].settings, writers or [None] * len(readings)
-        if len(readings) > 1 and not self.batches:
-            return [self.generate([one], [write])[0] for one, write in zip(readings, writers, strict=True)]
-        decoder, watch = self.model.decoder, Stopwatch(self.device)
+        settings, writers, remote = readings[0].settings, writers or [None] * len(readings), self.remote
+        if len(readings) > 1 and (remote or not self.batches):
+            pairs = [([reading], [write]) for reading, write in zip(readings, writers, strict=True)]
+            with ThreadPoolExecutor(len(pairs)) as pool:  # a server takes them all at once
+                alone = pool.map if remote else map
+                return [result for [result] in alone(lambda pair: self.generate(*pair), pairs)]
         for reading in readings if settings.show_prompt else ():
             notice(show_plan(reading.context, reading.plan, self.tokenizer))
-        streams = [TextStream(self.tokenizer.decoder, settings.stop, write) for write in writers]
-        with watch.stage("prefill_s"):
-            logits, state = prefill(decoder, [reading.inputs for reading in readings])
-        kv_bytes, start = cache_bytes(state.cache) // len(readings), watch.clock()
-        pick = functools.partial(sample, temperature=settings.temperature, top_p=settings.top_p,
-                                 generator=settings.sampler)
-        outs, state = decode(decoder, logits, state, max_new=settings.max_new, stops=settings.stop_tokens,
-                             pick=pick, watch=watch, stepper=self.stepper,
-                             on_token=(lambda b, tokens: streams[b](tokens)) if any(writers) or settings.stop else None)
-
-        def let_decoder_cite(row: int, pending: list[int], labels: list[str]) -> str:
-            nonlocal state
-            chosen, state = choose_citation(decoder, self.tokenizer.decoder, state, row, pending, labels)
-            return chosen
-
+        tokenizer = remote.tokenizer if remote else self.tokenizer.decoder
+        streams = [TextStream(tokenizer, settings.stop, write) for write in writers]
+        outs, first_s, kv_bytes, best = (remote or self).write(
+            readings, (lambda b, tokens: streams[b](tokens)) if any(writers) or settings.stop else None)
         results = []
         for row, (reading, out, stream) in enumerate(zip(readings, outs, streams, strict=True)):
-            reading.seconds["prefill_s"] = watch.seconds["prefill_s"] + out.times[0] - start
+            reading.seconds["prefill_s"] = first_s[row]
             answer, chosen = stream.update(out.tokens).rstrip(), None
             if settings.cite and reading.labels:
                 seen = {doc.label: doc.content for doc in reading.context.docs
                         if reading.how_read[doc.label] != "left out"}
-                pending = [] if out.ended else out.tokens[-1:]
-                choose = functools.partial(let_decoder_cite, row, pending, list(seen))
+                choose = functools.partial(choose_citation, functools.partial(best, row), tokenizer, list(seen))
                 answer, chosen = cite(answer, reading.labels, seen, choose, settings.stop)
             out = out._replace(ended=out.ended or stream.stopped)
             results.append(self.result(reading, out, answer, chosen, kv_bytes))
             stream.show(answer)
         return results
 
-    def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None, kv_bytes: int) -> dict[str, Any]:
+    def write(self, readings: Sequence[Reading], on_token: Callable[[int, list[int]], bool | None] | None) -> Written:
+        """Decode by the decoder itself. on_token: see `decode`."""
+        decoder, settings, watch = self.model.decoder, readings[0].settings, Stopwatch(self.device)
+        with watch.stage("prefill_s"):
+            known, start = self.start(readings)
+            read = prefill_each if self.device.type == "cpu" else prefill
+            logits, state = read(decoder, [reading.inputs[known:] for reading in readings], start)
+        kv_bytes, sampled = cache_bytes(state.cache) // len(readings), watch.clock()
+        pick = functools.partial(sample, temperature=settings.temperature, top_p=settings.top_p,
+                                 generator=settings.sampler)
+        outs, state = decode(decoder, logits, state, max_new=settings.max_new, stops=settings.stop_tokens,
+                             pick=pick, watch=watch, stepper=self.stepper, on_token=on_token)
+        pending = [[] if out.ended else out.tokens[-1:] for out in outs]  # sampled, but not fed
+
+        def best(row: int, tokens: list[int], allowed: list[int]) -> int:
+            nonlocal state
+            alive = torch.arange(len(outs), device=self.device) == row  # what it is fed is hidden from the others
+            for token in [*pending[row], *tokens]:
+                logits, state = decode_one_token(decoder, state.position.new_full((len(outs),), token), state, alive)
+            pending[row].clear()
+            return allowed[int(logits[row, allowed].argmax())]
+
+        return Written(outs, [watch.seconds["prefill_s"] + out.times[0] - sampled for out in outs], kv_bytes, best)
+
+    def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None,
+               kv_bytes: int | None) -> dict[str, Any]:
         context, labels, how_read = reading.context, reading.labels, reading.how_read
         source = dict(zip(labels, reading.passages, strict=False))  # --prompt's documents have no passage
         ids = {label: source[label].id if label in source else label for label in labels}
@@ -5317,7 +5475,7 @@ class Pipeline:
                  "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
                 for i, (text, why) in enumerate(zip(texts, reasons, strict=True))]
 
-    def metrics(self, reading: Reading, out: Decoded, kv_bytes: int) -> dict[str, Any]:
+    def metrics(self, reading: Reading, out: Decoded, kv_bytes: int | None) -> dict[str, Any]:
         prompt, full, positions = reading.context.prompt, len(reading.context.prompt.input_ids), len(reading.plan)
         later, steps, total = out.times[-1] - out.times[0], len(out.times) - 1, prompt.context_tokens
         stages = {name: round(reading.seconds.get(name, 0.0), 6)
@@ -5351,10 +5509,10 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     if needs_index:
         require(index.index_dir is not None, "--index_dir is missing: name the folder `index` wrote")
         index_manifest(index.index_dir)  # fail before anything is loaded if this is not an index
-    model = load_model(models, runtime)
+    engine = importlib.import_module(f"refrag_extras.{'vllm' if runtime.remote else 'cpu'}_engine")
+    model = engine.load_model(models, pack, runtime) if runtime.remote else load_model(models, runtime)
     with ThreadPoolExecutor(1) as aside:  # a second of arithmetic, beside the embedder's imports
-        cpu_engine = importlib.import_module("refrag_extras.cpu_engine")
-        stepper = aside.submit(cpu_engine.make_stepper, model.decoder, runtime.engine)
+        stepper = aside.submit(engine.make_stepper, model.decoder, runtime.engine)
         searcher = load_searcher(index, search, runtime) if needs_index else None
         embedder = searcher.embedder if searcher else None
         gated = pack.gate in ("auto", *VECTOR_GATES) and not pack.heuristic and 0 < pack.p < 1

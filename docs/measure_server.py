@@ -38,9 +38,9 @@ def start(args: argparse.Namespace) -> tuple[subprocess.Popen, str]:
     raise SystemExit("the server did not start")
 
 
-def ask(client: httpx.Client, question: str) -> tuple[str, float, float, int]:
-    """(answer, seconds to the first text, seconds in all, new tokens) of a streamed answer."""
-    begun, first, text, tokens = time.perf_counter(), None, "", 0
+def ask(client: httpx.Client, question: str) -> tuple[str, float, float, dict]:
+    """(answer, seconds to the first text, seconds in all, the server's metrics) of a streamed answer."""
+    begun, first, text, metrics = time.perf_counter(), None, "", {}
     body = {"model": "refrag", "stream": True, "messages": [{"role": "user", "content": question}]}
     with client.stream("POST", "/v1/chat/completions", json=body) as reply:
         reply.raise_for_status()
@@ -51,8 +51,8 @@ def ask(client: httpx.Client, question: str) -> tuple[str, float, float, int]:
             part = event["choices"][0]["delta"].get("content")
             first = first or (time.perf_counter() if part else None)
             text += part or ""
-            tokens = event.get("refrag", {}).get("metrics", {}).get("new_tokens", tokens)
-    return text, (first or time.perf_counter()) - begun, time.perf_counter() - begun, tokens
+            metrics = event.get("refrag", {}).get("metrics", metrics)
+    return text, (first or time.perf_counter()) - begun, time.perf_counter() - begun, metrics
 
 
 def resident_mb(pid: int) -> float:
@@ -84,11 +84,16 @@ def load(url: str, questions: list[str], alone: dict[str, str], clients: int, se
         thread.join()
     took = time.monotonic() - begun
     first = [1e3 * measured[0] for measured, _ in done]
+    metrics = [measured[2] for measured, _ in done]
+    prefill = [1e3 * one["stages"]["prefill_s"] for one in metrics]
+    before = [1e3 * one["ttft_s"] - decoder for one, decoder in zip(metrics, prefill, strict=True)]
     return {"clients": clients, "answers": len(done), "faults": len(faults),
             "other_than_alone": sum(not same for _, same in done),
             **{f"ttft_p{q}_ms": round(float(np.percentile(first, q))) for q in (50, 99)},
+            "before_prefill_p50_ms": round(float(np.median(before))),
+            "prefill_p50_ms": round(float(np.median(prefill))),
             "answers_per_s": round(len(done) / took, 3),
-            "tokens_per_s": round(sum(measured[2] for measured, _ in done) / took, 1)}
+            "tokens_per_s": round(sum(one["new_tokens"] for one in metrics) / took, 1)}
 
 
 def main() -> None:

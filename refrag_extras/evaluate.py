@@ -547,6 +547,10 @@ class TextTask(Task):
     unused = frozenset({"k", "gate", "ctx_max", "max_new", "cite"}) | {
         f.name for config in (refrag.IndexConfig, refrag.SearchConfig) for f in dataclasses.fields(config)}
 
+    def __init__(self, *configs: Any):
+        super().__init__(*configs)
+        self.runtime.require_decoder(f"--task {self.options.task}")
+
     def sources(self) -> dict[str, Any]:
         files = [fact["sha256"][:16] for fact in refrag.file_facts(self.options.texts)]
         return {"texts": files} | super().sources()

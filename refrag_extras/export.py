@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import refrag
+from refrag_extras import vllm_engine
 
 
 def run(export: refrag.ExportConfig, ask: refrag.QuestionConfig, index: refrag.IndexConfig, search: refrag.SearchConfig,
@@ -20,6 +21,7 @@ def run(export: refrag.ExportConfig, ask: refrag.QuestionConfig, index: refrag.I
     """Write the prompt of one question."""
     questions = refrag.read_prompt(generate.prompt, ask) or refrag.read_questions(ask)
     refrag.require(len(questions) == 1, "--questions: export writes one prompt, so name one question")
+    runtime.require_decoder("export")
     pipeline = refrag.answering(ask, index, search, pack, generate, models, runtime)
     facts = export_prompt(pipeline, questions[0], Path(export.out_dir), export.decoder)
     files = ", ".join(sorted(path.name for path in Path(export.out_dir).iterdir()))
@@ -55,4 +57,5 @@ def export_prompt(pipeline: refrag.Pipeline, item: dict[str, Any], folder: Path,
         if with_decoder:
             decoder.save_pretrained(temporary / "decoder")
             pipeline.tokenizer.decoder.save_pretrained(temporary / "decoder")
+            vllm_engine.note_known(pipeline.model)
     return facts

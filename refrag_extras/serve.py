@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import collections
+import contextlib
 import functools
 import hmac
 import ipaddress
@@ -79,7 +80,8 @@ def refusal(error: Exception) -> Refused:
             return Refused(400, message, "context_length_exceeded", "messages")
         return Refused(400, message, "invalid_value", API_NAMES[names[0]] if names else None)
     refrag.say(f"error: {refrag.one_line(error)}", file=sys.stderr)
-    return Refused(500, f"{type(error).__name__}: {refrag.one_line(error)}", "internal_error")
+    absent = isinstance(error, refrag.MissingError)  # the server that decodes, say
+    return Refused(503 if absent else 500, f"{type(error).__name__}: {refrag.one_line(error)}", "internal_error")
 
 
 def joined_parts(content: Any) -> Any:
@@ -238,11 +240,12 @@ class Job:
 
 
 class Engine:
-    """Answers one question after another, in a thread of its own: each client gets the answer that it gets alone."""
+    """Answers one question after another, in a thread of its own: each client gets the answer that it gets alone. Where
+    a server decodes, answers overlap."""
 
     def __init__(self, pipeline: refrag.Pipeline, serve: refrag.ServeConfig):
         self.pipeline, self.serve = pipeline, serve
-        self.thread = ThreadPoolExecutor(1, "engine")
+        self.thread = ThreadPoolExecutor(serve.waiting if pipeline.remote else 1, "engine")
         self.models = threading.Lock()  # models and tokenizers serve one thread at a time
         self.waiting: set[Job] = set()
         self.counts: collections.Counter = collections.Counter()
@@ -262,13 +265,19 @@ class Engine:
         try:
             if job.late:
                 raise late
-            items = [{"id": job.id, "question": job.asked.question}]
-            with self.models:
+            item = {"id": job.id, "question": job.asked.question}
+            with contextlib.ExitStack() as held:
+                held.enter_context(self.models)
                 self.pipeline.refresh()
-                [result] = self.pipeline.answer_batch(items, job.asked.settings, [job.pass_on])
+                reading = self.pipeline.prepare(item, job.asked.settings)
+                if self.pipeline.remote:
+                    held.close()  # the next one may be prepared while a server writes this one's answer
+                [result] = self.pipeline.generate([reading], [job.pass_on])
             made = result["metrics"]
-            self.counts.update(answers_total=1, new_tokens_total=made["new_tokens"], positions_total=made["positions"],
-                               full_positions_total=made["full_positions"], ttft_seconds_total=made["ttft_s"])
+            with self.models:
+                self.counts.update(answers_total=1, new_tokens_total=made["new_tokens"],
+                                   positions_total=made["positions"], full_positions_total=made["full_positions"],
+                                   ttft_seconds_total=made["ttft_s"])
             if job.late and not result["ended"]:
                 raise late
             job.tell("done", result)
@@ -352,8 +361,8 @@ async def read_body(request: Request, timeout: float) -> bytes:
 class Service:
     """What the addresses of the server do. Its methods take and return Starlette's requests and responses."""
 
-    def __init__(self, engine: Engine, serve: refrag.ServeConfig):
-        self.engine, self.serve = engine, serve
+    def __init__(self, engine: Engine, serve: refrag.ServeConfig, uploads: Any = None):
+        self.engine, self.serve, self.uploads = engine, serve, uploads
         embedder = engine.pipeline.embedder
         self.models = {"refrag": "answers"} | ({embedder.name: "embeddings"} if embedder is not None else {})
 
@@ -361,7 +370,7 @@ class Service:
         table = (("/v1/chat/completions", self.chat, "POST"), ("/v1/embeddings", self.embeddings, "POST"),
                  ("/v1/models", self.list_models, "GET"), ("/v1/models/{name:path}", self.one_model, "GET"),
                  ("/healthz", self.health, "GET"), ("/metrics", self.metrics, "GET"), ("/docs", self.docs, "GET"),
-                 ("/", self.page, "GET"))
+                 ("/", self.page, "GET"), *([("/v1/documents", self.uploads.post, "POST")] if self.uploads else ()))
         return [Route(path, self.guarded(answer), methods=[method]) for path, answer, method in table]
 
     def guarded(self, answer: Callable) -> Callable:
@@ -465,7 +474,14 @@ class Service:
             "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]})
 
     def model_facts(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": 0, "owned_by": "refrag", "use": self.models[name]}
+        facts = {"id": name, "object": "model", "created": 0, "owned_by": "refrag", "use": self.models[name]}
+        if name == "refrag":
+            pipeline = self.engine.pipeline
+            settings = pipeline.describe(pipeline.settings)
+            facts |= {"decoder": Path(settings["dec"]).name, "engine": settings["engine"], "device": settings["device"],
+                      "passages": 0 if pipeline.index is None else len(pipeline.index),
+                      "takes": self.uploads.taken() if self.uploads else None}
+        return facts
 
     async def list_models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self.model_facts(name) for name in self.models]})
@@ -487,18 +503,19 @@ class Service:
         return HTMLResponse((PAGES / "index.html").read_text(encoding="utf-8"))
 
 
-def make_app(engine: Engine, serve: refrag.ServeConfig, address: str) -> Starlette:
-    """The server as a Starlette application. address: what it listens on.
+def make_app(engine: Engine, serve: refrag.ServeConfig, address: str, uploads: Any = None) -> Starlette:
+    """The server as a Starlette application. address: what it listens on; uploads: with --writable. Raises UserError.
 
     On a loopback address it answers to this machine's names alone: a page elsewhere could have its own name resolve to
     127.0.0.1 and would then be no page from elsewhere.
     """
-    service, layers = Service(engine, serve), []
+    service, layers = Service(engine, serve, uploads), []
     if ipaddress.ip_address(address).is_loopback:
         own = f"[{address}]" if ":" in address else address
         layers.append(Middleware(TrustedHostMiddleware, www_redirect=False,
                                  allowed_hosts=["localhost", "127.0.0.1", "[::1]", own, serve.host]))
     elif serve.api_key is None:
+        refrag.require(not serve.writable, f"--writable: {address} lets other machines in: set an --api_key")
         refrag.notice(f"warning: {address} lets other machines in, and there is no --api_key: whoever reaches this "
                       "server can read its passages")
     if serve.cors:
@@ -509,10 +526,15 @@ def make_app(engine: Engine, serve: refrag.ServeConfig, address: str) -> Starlet
 
 def run(serve: refrag.ServeConfig, *configs: Any) -> None:
     """Serve until SIGINT or SIGTERM; then requests in work are finished, for ten seconds at most."""
+    uploads = None
+    if serve.writable:
+        from refrag_extras.uploads import Uploads
+
+        uploads = Uploads(serve.timeout, configs[0], *configs[-2:])
     engine = Engine(refrag.answering(None, *configs), serve)
     with listening_socket(serve) as listener:
         host, port = listener.getsockname()[:2]
-        app = make_app(engine, serve, host)
+        app = make_app(engine, serve, host, uploads)
         name = f"[{host}]" if ":" in host else host
         refrag.notice(f"serving on http://{name}:{port} (page at /, description at /docs)")
         config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=10,

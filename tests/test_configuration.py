@@ -145,6 +145,8 @@ BAD = [  # class, values that break a check, what the message tells
     *((refrag.GateDataConfig, {"out_dir": there}, "name a new folder") for there in (ROOT, __file__)),
     (refrag.AnchorConfig, {"text": ""}, "the text to align"),
     (refrag.ServeConfig, {"api_key": ""}, "empty"),
+    *((refrag.RuntimeConfig, {"engine": bad}, "--engine must be one of auto, model, int8, int4, vllm+http://HOST:PORT")
+      for bad in ("int2", "vllm", "vllm+http://", "vllm+http://host:1/v1")),
     *((refrag.ServeConfig, {"cors": ("https://a.b", bad)}, f"--cors {bad}: an origin is")
       for bad in ("*", "a.b", "https://a.b/", "https://a.b/notes", "null", "https://*.b")),
     (refrag.ExportConfig, {"out_dir": ROOT}, "is there already")]
@@ -157,7 +159,8 @@ GOOD = [
     (refrag.MixConfig, {"mix": "cloze=2, next=1", "rag_json": None}),
     (refrag.EvalConfig, {"resume": True, "out_dir": "out", "modes": ("full,none", "refrag")}),
     (refrag.EvalConfig, {**PPL, "qa": None, "k": (4, 64), "context_tokens": 64}),
-    (refrag.ServeConfig, {"cors": ("https://a.b:8080", "chrome-extension://abc")})]
+    (refrag.ServeConfig, {"cors": ("https://a.b:8080", "chrome-extension://abc")}),
+    *((refrag.RuntimeConfig, {"engine": good}) for good in ("int8", "vllm+http://h:8000", "vllm+https://[::1]:8000/"))]
 
 
 @pytest.mark.parametrize(("cls", "values", "told"), BAD, ids=str)

@@ -7,12 +7,14 @@ import importlib
 import json
 import re
 import runpy
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from writers import ASKED
 
 import refrag
@@ -228,3 +230,18 @@ def test_the_python_interface_works_as_documented(tmp_path, shared, monkeypatch,
     exec(compile(code, "docs/API.md", "exec"), names)
     assert names["result"]["answer"] in capsys.readouterr().out
     assert names["model"].config.compression == 4
+
+
+def test_the_cluster_s_files_and_commands_fit_the_program(monkeypatch, write):
+    """Their options exist and go together; the containers that wait for each other are there."""
+    monkeypatch.chdir(ROOT)
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    for service in services.values():
+        assert services.keys() >= service.get("depends_on", {}).keys() and "healthcheck" in services["vllm"]
+    run = yaml.safe_load((ROOT / "docs/cluster/sky.yaml").read_text())["run"]
+    text = f"{run}\n{(ROOT / 'docs/CLUSTER.md').read_text()}".replace("\\\n", " ")
+    lines = re.findall(r"^.*(?:launch|refrag|refrag\.py) +((?:index|export|train|cpt_recon) .+)$", text, re.MULTILINE)
+    assert len(lines) == 8
+    for argv in (services["refrag"]["command"], *map(shlex.split, lines)):
+        argv = [str(write("texts", "x")) if re.search(r"TEXTS|QUESTIONS|\.jsonl", word) else word for word in argv]
+        assert refrag.parse(argv)[0] == argv[0]

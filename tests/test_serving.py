@@ -34,6 +34,7 @@ from writers import STARTS
 
 import refrag
 from refrag_extras import chat, serve
+from refrag_extras.uploads import Uploads
 
 TOWER = ("When was the Eiffel Tower in Paris finished?", "It was finished in 1889 [1]")
 
@@ -373,7 +374,7 @@ class TestOpenaiClient:
         rows = [item.embedding for item in client.embeddings.create(model=names[1], input=texts).data]
         plain = [item.embedding for item in client.embeddings.create(model=names[1], input=texts,
                                                                      encoding_format="float").data]
-        embedder = refrag.load_embedder(names[1], refrag.RuntimeConfig())
+        embedder = refrag.load_embedder(names[1], refrag.RuntimeConfig(dtype="float32"))
         np.testing.assert_allclose(rows, embedder.embed_passages(texts), atol=1e-5)
         np.testing.assert_allclose(rows, plain, atol=1e-6)
         longest = client.embeddings.create(model=names[1], input=["bells " * 62, "bells"], dimensions=24)
@@ -492,16 +493,52 @@ class TestBadRequests:
 class TestHostsAndOrigins:
     """Who may ask, without models: the application alone, as it is made for an address."""
 
-    def ask(self, address, host, *, method="GET", path="/healthz", config=None, content=None, **headers):
+    def ask(self, address, host, *, method="GET", path="/healthz", config=None, uploads=None, content=None, **headers):
         engine = SimpleNamespace(pipeline=SimpleNamespace(embedder=None), thread=threading.main_thread(),
                                  counts=Counter())
-        app = serve.make_app(engine, config or refrag.ServeConfig(api_key="secret"), address)
+        app = serve.make_app(engine, config or refrag.ServeConfig(api_key="secret"), address, uploads)
 
         async def send():
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
                 return await client.request(method, path, content=content, headers={"Host": host, **headers})
 
         return asyncio.run(send())
+
+    @pytest.fixture
+    def uploads(self, home):
+        return Uploads(1, refrag.IndexConfig("notes"), refrag.ReaderConfig(), refrag.RuntimeConfig())
+
+    def test_files_are_taken_from_this_machine_or_with_a_key(self, uploads, refused, index_dir):
+        asked = {"method": "POST", "path": "/v1/documents", "uploads": uploads}
+        with pytest.raises(refrag.UserError, match=r"--writable: 0\.0\.0\.0 lets other machines in: set an --api_key"):
+            self.ask("0.0.0.0", "notes.example", config=refrag.ServeConfig(writable=True), **asked)
+        assert self.ask("0.0.0.0", "notes.example", **asked).status_code == 401
+        own, page = refrag.ServeConfig(writable=True), {"Origin": "https://other.example"}
+        assert self.ask("127.0.0.1", "localhost", config=own, **asked, **page).status_code == 403
+        assert "--index_dir" in refused(2, "serve", "--writable", "--mode", "none")
+        assert "Milvus Lite" in refused(2, "serve", "--writable", "--index_dir", "milvus+file:notes")
+
+    @pytest.mark.parametrize(("content", "headers", "status", "told"), [
+        (b"", {"Content-Length": str((64 << 20) + 1)}, 413, "more than 64 MB"), (b"x", {}, 400, "field file"),
+        (iter(()), {}, 411, "length"), (b"x", {"Content-Type": "multipart/form-data"}, 400, "boundary"),
+        *((name, {}, 400, told) for name, told in (
+            ("a/../b.md", "'a/../b.md' is no name"), (".notes.md", "no name"), ("a\\b.md", "no name"),
+            ("a\u202eb.md", "no name"), ("a" * 201 + ".md", "too long"), ("two.md", "two files are called two.md"))),
+        *((name, {}, 415, f"{name}: files of this kind") for name in ("a.exe", "a.md.gz", "md"))], ids=str)
+    def test_what_is_no_file_for_an_index_is_refused(self, uploads, content, headers, status, told):
+        config = refrag.ServeConfig(writable=True)
+        if isinstance(content, str):
+            files = [("file", (content, b"Bells."))] * (1 + (content == "two.md"))
+            form = httpx.Request("POST", "http://localhost", files=files)
+            content, headers = form.read(), {"Content-Type": form.headers["Content-Type"]}
+        elif not isinstance(content, bytes):
+            async def content():
+                yield b"x"
+            content = content()
+        reply = self.ask("127.0.0.1", "localhost", method="POST", path="/v1/documents", config=config, uploads=uploads,
+                         content=content, **headers)
+        assert reply.status_code == status and told in reply.json()["error"]["message"], reply.text
+        assert not uploads.home.exists()
 
     @pytest.mark.parametrize("address", ["127.0.0.1", "::1", "127.0.0.5"])
     def test_a_loopback_address_answers_to_this_machine_s_names_alone(self, address):
@@ -573,7 +610,7 @@ class TestPage:
         self.ask(page)
         page.wait_for_selector(".cite")
         assert page.evaluate("seen.size") > 2, "it came in one piece"
-        assert "positions of full context" in page.inner_text("article .small")
+        assert "positions of full context" in page.inner_text("article .cost")
         passages = server.ask().json()["refrag"]["passages"]
         shown = [box.text_content() for box in page.locator("#passages details .passage").all()]
         assert shown == [refrag.passage_content(p["title"], p["text"]) for p in passages]  # to the last character
@@ -609,6 +646,44 @@ class TestPage:
         assert re.match(r"\[1\] Title 5, .+: (read as text|partly read as text|compressed)$", page.inner_text(".cites"))
         assert page.locator("#passages details").count() == 1
         assert "path: corpus.jsonl" in page.locator("#passages details").text_content()
+
+    def test_a_link_asks_again_with_the_settings(self, page, browser):
+        page.fill("#topk", "1")
+        page.fill("#where", "id = f")
+        page.select_option("#mode", "full")
+        self.ask(page)
+        page.wait_for_selector("article a")
+        answer, again = page.inner_text("article .text"), browser.new_page()
+        again.goto(page.evaluate("document.querySelector('article a').href"))
+        again.wait_for_selector("article a")
+        assert again.inner_text("article .text") == answer and again.inner_text("h2") == "Where do smiths cast bells?"
+        assert [again.input_value(f"#{name}") for name in ("topk", "where", "mode", "p")] == ["1", "id = f", "full", ""]
+        again.evaluate("location.hash = 'q=Who+floods%3F&where=id+%3D+a'")
+        again.wait_for_selector("h2:has-text('Who floods?') ~ .cites div")
+        assert again.locator("#passages details").count() == 1
+        again.close()
+
+    def test_files_that_are_dropped_become_passages(self, browser, start, change, tmp_path):
+        change(tmp_path / "notes", BEFORE)
+        page, server = browser.new_page(viewport={"width": 360, "height": 700}), start(
+            "--writable", "--index_dir", tmp_path / "notes")
+        page.goto(server.url)
+        page.wait_for_selector("#add:visible")
+        drop = """async ([name, text]) => { const data = new DataTransfer(); data.items.add(new File([text], name));
+            for (const type of ['dragover', 'drop']) document.dispatchEvent(new DragEvent(type, {dataTransfer: data}));
+            return document.querySelector('#added').textContent }"""
+        assert page.evaluate(drop, ["bells.exe", ""]) == "bells.exe: files of this kind are not read"
+        page.evaluate(drop, ["gate.md", f"# The gate\n\n{GATE}"])
+        page.wait_for_selector("#bar:visible")
+        page.wait_for_selector("text=1 passage added", timeout=120_000)
+        assert page.inner_text("#passages_now").endswith("3 passages") and not page.is_visible("#bar")
+        page.fill("#where", "id = uploads/gate.md")
+        self.ask(page)
+        page.wait_for_selector(".cites div")
+        assert page.inner_text(".cites div").startswith("[1] The gate, uploads/gate.md, section The gate: ")
+        assert re.search(r"modified: .+ heading: The gate", page.inner_text(".cites .small"))
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        page.close()
 
     def test_a_key_is_asked_for(self, browser, start):
         page = browser.new_page()
@@ -658,6 +733,32 @@ def test_a_changed_index_counts_from_the_next_request_on(start, change, done, ll
     assert [server.ask().json()["refrag"]["passages"] for _ in range(2)] == [second["passages"]] * 2
     assert server.said().count(f"{folder} has changed: 1 passages now") == 1
     assert server.said().count("the index stays as it was: ") == 1
+
+
+def test_files_that_are_sent_become_part_of_the_index(start, change, server, tmp_path):
+    """What cannot be read is told; a client that goes away ends the work, and the next one finds no trace of it."""
+    assert server.http.post("/v1/documents", files={"file": ("a.md", b"x")}).status_code == 404
+    change(tmp_path / "notes", BEFORE)
+    writable = start("--writable", "--index_dir", tmp_path / "notes")
+
+    def send(*files):
+        reply = writable.http.post("/v1/documents", files=[("file", file) for file in files], timeout=120)
+        told = [json.loads(line.removeprefix("data: ")) for line in reply.text.splitlines() if line]
+        assert told[0] == {"stage": "starting"}
+        return told[-1]
+
+    gone = writable.http.stream("POST", "/v1/documents", files={"file": ("bells.txt", GATE.encode())})
+    with gone as reply:
+        next(reply.iter_lines())
+    record = json.dumps({"id": "bells", "text": GATE, "year": 1896}).encode()
+    told = send(("a.jsonl", record), ("ä b.txt", b"Rice.\n\nIt grows."), ("c.pdf", b"%PDF-"))
+    assert (told["added"], told["replaced_documents"], told["passages"]) == (2, 1, 3)
+    assert len(told["skipped"]) == 1 and told["skipped"][0].startswith("c.pdf ")
+    assert send(("c.pdf", b"%PDF-"))["error"]["message"].startswith("c.pdf ")
+    found = writable.ask(refrag={"where": "year = 1896 or id = 'uploads/ä b.txt'"}).json()["refrag"]["passages"]
+    assert {p["id"]: p["text"] for p in found} == {"bells": GATE, "uploads/ä b.txt": "Rice.\n\nIt grows."}
+    assert writable.http.get("/v1/models/refrag").json()["passages"] == 3 and "Traceback" not in writable.said()
+    assert [p.name for p in tmp_path.rglob("gen-*")] == ["gen-2"]
 
 
 def half_sent(url, headers=""):
@@ -720,8 +821,8 @@ class TestEngine:
     def test_a_fault_of_ours_is_told_as_one_and_ends_nothing(self, capsys):
         """Jobs that are late are told so; those given up are not begun."""
         told, given_up = [], serve.Job(serve.ChatRequest("why?", None), 60, print)
-        broken = SimpleNamespace(refresh=lambda: None,
-                                 answer_batch=lambda *_: (_ for _ in ()).throw(RuntimeError("a cable was pulled")))
+        broken = SimpleNamespace(refresh=lambda: None, remote=None,
+                                 prepare=lambda *_: (_ for _ in ()).throw(RuntimeError("a cable was pulled")))
         engine, given_up.cancelled = serve.Engine(broken, refrag.ServeConfig()), True
         for job in (given_up, *(serve.Job(given_up.asked, seconds, lambda *what: told.append(what))
                                 for seconds in (60, -1, 60))):
@@ -730,7 +831,7 @@ class TestEngine:
         assert str(told[0][1]) == "RuntimeError: a cable was pulled"
 
     def test_who_has_gone_takes_no_place_in_the_queue_and_counts_are_whole(self):
-        engine = serve.Engine(None, refrag.ServeConfig(waiting=2))
+        engine = serve.Engine(SimpleNamespace(remote=None), refrag.ServeConfig(waiting=2))
         busy = threading.Event()
         engine.thread.submit(busy.wait)
         first, second, third = (serve.Job(serve.ChatRequest("why?", None), 60, print) for _ in range(3))
@@ -752,7 +853,7 @@ QUESTION = ["--question", "Where do smiths cast bells?"]
 
 
 class TestExport:
-    def test_plain_transformers_gives_the_same_answer_and_vllm_the_same_tensor(self, tiny, done, tmp_path):
+    def test_plain_transformers_gives_the_same_answer_and_vllm_the_same_tensor(self, tiny, done, tmp_path, home):
         """An independent loop, over the folder that was written alone."""
         folder = tmp_path / "out"
         facts = done("export", *tiny, *QUESTION, "--out_dir", folder, "--decoder", "--no_cite")
