@@ -62,6 +62,7 @@ def test_over_stdio_the_tools_give_what_the_commands_give(tiny, done, change, tm
     alone = [done("generate", *argv, "--question", question) for question in others]
     found = done("search", "--index_dir", folder, "--question", QUESTION, "--topk", 2)
     environment = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS")}
+    environment["REFRAG_DTYPE"] = "float32"  # as everything here
     start = StdioServerParameters(command=sys.executable, args=[*STARTS["python refrag.py"], "mcp", *argv],
                                   env=environment, cwd=ROOT)
 

@@ -374,7 +374,7 @@ class TestOpenaiClient:
         rows = [item.embedding for item in client.embeddings.create(model=names[1], input=texts).data]
         plain = [item.embedding for item in client.embeddings.create(model=names[1], input=texts,
                                                                      encoding_format="float").data]
-        embedder = refrag.load_embedder(names[1], refrag.RuntimeConfig())
+        embedder = refrag.load_embedder(names[1], refrag.RuntimeConfig(dtype="float32"))
         np.testing.assert_allclose(rows, embedder.embed_passages(texts), atol=1e-5)
         np.testing.assert_allclose(rows, plain, atol=1e-6)
         longest = client.embeddings.create(model=names[1], input=["bells " * 62, "bells"], dimensions=24)
