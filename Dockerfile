@@ -36,7 +36,7 @@ WORKDIR /var/lib/refrag
 VOLUME /var/lib/refrag
 
 EXPOSE 8000
-HEALTHCHECK --interval=30s --timeout=5s --start-period=2m \
+HEALTHCHECK --interval=30s --timeout=5s --start-period=5m \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
 ENTRYPOINT ["refrag"]
 CMD ["serve", "--host", "0.0.0.0", "--index_dir", "index"]

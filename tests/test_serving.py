@@ -744,7 +744,7 @@ def test_files_that_are_sent_become_part_of_the_index(start, change, server, tmp
     def send(*files):
         reply = writable.http.post("/v1/documents", files=[("file", file) for file in files], timeout=120)
         told = [json.loads(line.removeprefix("data: ")) for line in reply.text.splitlines() if line]
-        assert told[0] == {"stage": "starting"}
+        assert told[0] == {"stage": "indexing"}
         return told[-1]
 
     gone = writable.http.stream("POST", "/v1/documents", files={"file": ("bells.txt", GATE.encode())})
