@@ -7,7 +7,7 @@ SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 
 # cpu, cuda or rocm
 ARG ACCEL=cpu
-ARG EXTRAS=docs,milvus
+ARG EXTRAS=docs,mcp,milvus
 ENV PATH=/opt/refrag/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 \
     REFRAG_HOME=/var/lib/refrag/cache HF_HOME=/var/lib/refrag/huggingface
 RUN useradd --uid 10001 --home-dir /var/lib/refrag --create-home refrag; python3 -m venv /opt/refrag
@@ -36,7 +36,7 @@ WORKDIR /var/lib/refrag
 VOLUME /var/lib/refrag
 
 EXPOSE 8000
-HEALTHCHECK --interval=30s --timeout=5s --start-period=2m \
+HEALTHCHECK --interval=30s --timeout=5s --start-period=5m \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
 ENTRYPOINT ["refrag"]
 CMD ["serve", "--host", "0.0.0.0", "--index_dir", "index"]

@@ -195,7 +195,7 @@ class Options:
 
 class RuntimeConfig(Options):
     device: str = opt("auto", "where to compute", choices="auto cuda mps cpu")
-    dtype: str = opt("auto", "auto: bfloat16 on CUDA and in CPU encoders", choices="auto float32 bfloat16")
+    dtype: str = opt("auto", "auto: bfloat16 where the hardware has it, else float32", choices="auto float32 bfloat16")
     engine: str = opt("auto", "CPU decoding by model, int8 or int4 (auto: int4 if that is lossless, else int8), or a "
                       "vLLM server's: vllm+http://HOST:PORT")
     threads: int = opt(0, "CPU threads, 0 for the library's choice", low=0)
@@ -816,7 +816,7 @@ if __name__ == "__main__":
 
 # =============================================================================
 # 2. Imports. The heavy ones. sentence-transformers is the exception: it costs
-#    two seconds, so only `load_embedder` and `load_reranker` pay for it.
+#    two seconds, so only rerankers and rarer embedders pay for it.
 # =============================================================================
 
 try:
@@ -904,17 +904,18 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_dtype(name: str, device: torch.device, encoding: bool = False) -> torch.dtype:
-    """The precision. auto: bfloat16 on CUDA, else float32, so that no answer depends on its batch.
-
-    encoding: passages and chunks in bfloat16 also on CPUs that compute in it: up to 3 times as fast, cosine .9999.
-    """
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision for `--dtype`. auto: bfloat16 where the hardware multiplies in it, else float32."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    able = getattr(torch.cpu, "get_capabilities", dict)() if encoding and device.type == "cpu" else {}
-    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+    able = {"cuda": torch.cuda.is_bf16_supported, "cpu": cpu_computes_bfloat16}.get(device.type, bool)
+    return torch.bfloat16 if able() else torch.float32
+
+
+def cpu_computes_bfloat16() -> bool:
+    """Whether the CPU has instructions for it, with which a prompt is read in half the time; without, in far more."""
+    flags = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 or later
+    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
 
 def synchronize(device: torch.device) -> None:
@@ -1672,14 +1673,67 @@ class Embedder:
         return self.unit_length(vectors), states, [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
 
 
-def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
-    from sentence_transformers import SentenceTransformer
+class MeanEmbedder(nn.ModuleList):
+    """The most common sentence-transformers model, the mean of token states at unit length, without the two seconds
+    that importing the library takes. Names and numbers are the library's."""
 
+    similarity_fn_name = prompts = None
+
+    def __init__(self, path: str):
+        model = AutoModel.from_pretrained(path, dtype=torch.float32, **SAFE)
+        super().__init__([nn.ModuleDict({"model": model})])  # as the library names its weights
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.max_seq_length = json.loads(Path(path, "sentence_bert_config.json").read_text())["max_seq_length"]
+
+    @staticmethod
+    def fits(path: str) -> bool:
+        """Whether a folder holds such a model, and no more than that."""
+        names = "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"
+        try:
+            modules, pooling, more = (json.loads(Path(path, name).read_text(encoding="utf-8")) for name in names)
+        except OSError:
+            return False
+        return ([one["type"].rpartition(".")[2] for one in modules] == ["Transformer", "Pooling", "Normalize"]
+                and {key for key, value in pooling.items() if value is True} == {"pooling_mode_mean_tokens"}
+                and more.keys() == {"__version__"})
+
+    @property
+    def transformers_model(self) -> PreTrainedModel:
+        return self[0]["model"]
+
+    def get_embedding_dimension(self) -> int:
+        return self.transformers_model.config.hidden_size
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str], batch_size: int = 32, output_value: str | None = "sentence_embedding",
+               **_: Any) -> list[Any]:
+        """The vector (dim,) of each text; without an output_value also its token states, as the library gives them."""
+        found: dict[int, dict[str, Tensor]] = {}
+        for batch in batched(np.argsort([-len(text) for text in texts]).tolist(), batch_size):
+            tokens = self.tokenizer([texts[i] for i in batch], padding=True, truncation=True, return_tensors="pt",
+                                    max_length=self.max_seq_length).to(self.transformers_model.device)
+            states = self.transformers_model(**tokens).last_hidden_state  # (B, T, dim)
+            mask = tokens["attention_mask"][..., None].to(states.dtype)
+            means = (states * mask).sum(1, dtype=torch.float32) / mask.sum(1, dtype=torch.float32)
+            vectors = nn.functional.normalize(means.to(states.dtype), dim=1)  # (B, dim)
+            columns = ("sentence_embedding", vectors), ("token_embeddings", states), ("attention_mask", mask[..., 0])
+            found |= {i: {name: column[row] for name, column in columns} for row, i in enumerate(batch)}
+        return [found[i][output_value].float().cpu() if output_value else found[i] for i in range(len(texts))]
+
+    encode_query = encode_document = encode
+
+
+def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
     name, device = name or next(iter(BUNDLED)), pick_device(runtime.device)
     with hub_errors(name):
-        model = SentenceTransformer(model_path(name), device=str(device), model_kwargs=SAFE)
+        path = model_path(name)
+        if MeanEmbedder.fits(path):
+            model = MeanEmbedder(path).eval().to(device)
+        else:
+            model = importlib.import_module("sentence_transformers").SentenceTransformer(
+                path, device=str(device), model_kwargs=SAFE)
         check_tokens(name, model.tokenizer, model.transformers_model)
-        return Embedder(name, model, pick_dtype(runtime.dtype, device, encoding=True))
+        return Embedder(name, model, pick_dtype(runtime.dtype, device))
 
 
 def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]], np.ndarray]:
@@ -2769,7 +2823,7 @@ class ChunkEncoder(nn.Module):
         super().__init__()
         require(not (contextual and pooling == "cls"), "--pooling cls needs a separate encoder, not decoder:N")
         self.backbone, self.tokenizer, self.contextual, self.pooling = backbone, tokenizer, contextual, pooling
-        self.width, self.precision = backbone.config.hidden_size, backbone.dtype  # of `encode`, not of training
+        self.width = backbone.config.hidden_size
 
     @property
     def fingerprint(self) -> str:
@@ -2852,9 +2906,7 @@ class ChunkEncoder(nn.Module):
         pooled, rows = torch.zeros(int(bounds[-1]) if len(bounds) else 0, self.width), self.inputs(contents, cuts)
         if rows:
             ids, owners = (torch.from_numpy(np.concatenate(column)) for column in zip(*rows, strict=True))
-            with torch.autocast(self.backbone.device.type, self.precision,
-                                enabled=self.precision != self.backbone.dtype):
-                pooled = self(ids, [len(row) for row, _ in rows], owners, len(pooled))
+            pooled = self(ids, [len(row) for row, _ in rows], owners, len(pooled))
         stored = pooled.cpu().numpy().astype(np.float16).astype(np.float32)
         check_finite(stored, "encoder")
         return np.split(stored, bounds)[:-1]
@@ -2950,13 +3002,17 @@ def lora_names(decoder: nn.Module) -> set[str]:
     return {name for name, _ in decoder.named_parameters() if ".lora_" in name}
 
 
+LORA_SCALE = 2
+
+
 def add_lora(decoder: nn.Module, rank: int) -> None:
     """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head. Raises UserError."""
     width = decoder.get_input_embeddings().weight.shape[1]
     require(rank <= width, f"--lora_r {rank} is more than the decoder's width {width}: give less")
     import peft
 
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, bias="none")
+    config = peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear", lora_dropout=0.0,
+                             bias="none")
     try:
         with warnings.catch_warnings(action="ignore"):  # that GPT-2's layers are transposed, which peft handles
             peft.inject_adapter_in_model(config, decoder)
@@ -2967,13 +3023,20 @@ def add_lora(decoder: nn.Module, rank: int) -> None:
         decoder.get_parameter(name).data = decoder.get_parameter(name).data.float()
 
 
-def merge_lora(model: RefragModel) -> None:
-    """Add the adapters to the decoder's weights: it is then as fast as one that never had any."""
-    layer = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
-    for name, module in list(model.decoder.named_modules()):
-        if isinstance(module, layer):
-            module.merge(safe_merge=True)
-            model.decoder.set_submodule(name, module.base_layer)
+def merge_lora(model: RefragModel, checkpoint: Checkpoint, rank: int) -> None:
+    """Add a checkpoint's adapters to the decoder's weights: it is then as fast as one that never had any. peft would
+    give the same numbers after a second of imports and modules."""
+    decoder, conv = model.decoder, transformers.pytorch_utils.Conv1D  # GPT-2's layers, which are transposed
+    layers = {name: module for name, module in decoder.named_modules()
+              if isinstance(module, nn.Linear | conv) and module is not decoder.get_output_embeddings()}
+    shapes = {name: module.weight.shape[:: -1 if isinstance(module, conv) else 1] for name, module in layers.items()}
+    expected = {f"{name}.lora_{side}.default.weight": (rank, columns) if side == "A" else (rows, rank)
+                for name, (rows, columns) in shapes.items() for side in "AB"}
+    tensors = checkpoint.tensors("lora", expected)
+    for name, module in layers.items():
+        down, up = (tensors[f"{name}.lora_{side}.default.weight"].to(decoder.device).float() for side in "AB")
+        change, weight = LORA_SCALE * (up @ down), module.weight
+        weight.data = (weight + (change.T if isinstance(module, conv) else change)).to(weight.dtype)
     model.config.lora = None
     if "d" not in model.config.training_model:
         model.config.training_model += "d"
@@ -3072,17 +3135,17 @@ class RefragModel(PreTrainedModel):
             checkpoint.load("projector", model.projector, exactly=bool(train))
         if "e" in saved:
             checkpoint.load("encoder", model.encoder, without=model.encoder.borrowed, exactly=bool(train))
+        lora = lora if decoder is None else None
         if "d" in saved and decoder is None:
             checkpoint.load("decoder", model.decoder, exactly=bool(train))
-        if lora and decoder is None:
+        if lora and train and ("d" not in train or lora_r == lora["r"]):
             add_lora(model.decoder, lora["r"])
             base = part_tensors(model.decoder).keys() - lora_names(model.decoder)
             checkpoint.load("lora", model.decoder, without=base)
-            rank_changes = "d" in train and lora_r != lora["r"]
-            if rank_changes:
+        elif lora:
+            if train:
                 model.decoder.float()  # what adapters add to a weight is less than bfloat16 tells apart
-            if rank_changes or not train:
-                merge_lora(model)
+            merge_lora(model, checkpoint, lora["r"])
         return model.eval()
 
 
@@ -3122,34 +3185,36 @@ class Checkpoint:
         files = self.manifest["files"] if self.manifest else {}
         verify_files(self.path, {name: files[name] for name in files if name != CARD}, CHECKPOINT_FORMAT, read_all=True)
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a part's file. Raises CorruptError."""
+    def tensors(self, name: str, expected: dict[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
+        """The tensors of a part's file. expected: their shapes. Raises CorruptError, or MismatchError that names one.
+        """
         path = self.path / f"{name}.safetensors"
         if not path.is_file():
             raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
         try:
-            return load_file(path)
+            tensors = load_file(path)
         except SafetensorError as error:
             raise CorruptError(f"{path} is damaged ({one_line(error)[:100]}): save the checkpoint again") from None
+        found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        for key in () if expected is None else sorted(expected.keys() | found.keys()):
+            if expected.get(key) != found.get(key):
+                raise MismatchError(f"{path}: tensor {key} has shape {found.get(key, 'none')}, the model has "
+                                    f"{expected.get(key, 'none')}: use the models of the checkpoint's config.json")
+        return tensors
 
     def load(self, name: str, part: nn.Module, without: Collection[str] = (), exactly: bool = False) -> None:
-        """Load a part's weights except some. Raises CorruptError, or MismatchError that names the tensor.
+        """Load a part's weights except some. Raises CorruptError, MismatchError.
 
         exactly: in float32 if the file is, to train on from there: bfloat16 would round away what it has learned.
         """
-        tensors = self.tensors(name)
+        own = {key: tensor for key, tensor in part_tensors(part).items() if key not in without}
+        tensors = self.tensors(name, {key: tuple(tensor.shape) for key, tensor in own.items()})
         if exactly and any(tensor.dtype == torch.float32 for tensor in tensors.values()):
             part.float()
-        own = {key: tensor for key, tensor in part_tensors(part).items() if key not in without}
-        found, expected = ({key: tuple(t.shape) for key, t in side.items()} for side in (tensors, own))
-        for key in sorted(expected.keys() | found.keys()):
-            if expected.get(key) != found.get(key):
-                shapes = (side.get(key, "none") for side in (found, expected))
-                raise MismatchError("{}.safetensors: tensor {} has shape {}, the model has {}: use the models of the "
-                                    "checkpoint's config.json".format(self.path / name, key, *shapes))
+            own = part_tensors(part)
         with torch.no_grad():
-            for key, tensor in own.items():
-                tensor.copy_(tensors[key])
+            for key in tensors:
+                own[key].copy_(tensors[key])
 
 
 def write_checkpoint(folder: Path, config: RefragConfig, parts: dict[str, dict[str, Tensor]],
@@ -3236,7 +3301,7 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
                                 share_embeddings="d" not in trained)  # adapters leave the embeddings alone
     else:
         with hub_errors(config.encoder_name_or_path):
-            backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=torch.float32, **SAFE)
+            backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=dtype, **SAFE)
         check_base(config, "encoder", backbone)
         check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
     encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, contextual=layers is not None, pooling=config.pooling)
@@ -3308,7 +3373,6 @@ def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lor
         model = RefragModel.from_pretrained(checkpoint, device=device, dtype=dtype, train=train, lora_r=lora_r,
                                             decoder=decoder)
         model.checkpoint = checkpoint.digest
-    model.encoder.precision = pick_dtype(runtime.dtype, device, encoding=True)
     return model
 
 
@@ -4810,7 +4874,7 @@ def cache_bytes(cache: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
-def forward_step(decoder: nn.Module, state: DecoderState | None, mask: Tensor | None, position_ids: Tensor,
+def forward_step(decoder: nn.Module, cache: Any, mask: Tensor | None, position_ids: Tensor,
                  **inputs: Tensor) -> tuple[Tensor, Any]:
     """Call the decoder once: (logits of the last position (B, V), cache). Passes only what its architecture takes."""
     arguments: dict[str, Any] = {**inputs, "use_cache": True}
@@ -4822,22 +4886,53 @@ def forward_step(decoder: nn.Module, state: DecoderState | None, mask: Tensor | 
         arguments["attention_mask"] = mask
     if takes(type(decoder), "position_ids"):  # hybrids cannot infer them from a cache whose first layer is recurrent
         arguments["position_ids"] = position_ids
-    if state is not None:
-        arguments["cache"] = state.cache
+    if cache is not None:
+        arguments["cache"] = cache
     output = decoder(**arguments)
     return output.logits[:, -1], output.cache
 
 
 @torch.inference_mode()
-def prefill(decoder: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, DecoderState]:
-    """Read prompts. inputs: (T_i, D) each, padded on the left. Returns the next token's logits (B, V) and the state."""
-    lengths = torch.tensor([len(x) for x in inputs], device=inputs[0].device)
+def prefill(decoder: nn.Module, inputs: Sequence[Tensor],
+            start: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
+    """Read prompts, padded on the left. Returns the next token's logits (B, V) and the state.
+
+    inputs: (T_i, D) each. start: the state of one sequence with which all of them begin; they are what follows it.
+    """
+    B, device, known, cache = len(inputs), inputs[0].device, 0, None
+    lengths = torch.tensor([len(x) for x in inputs], device=device)
     embeds = nn.utils.rnn.pad_sequence(list(inputs), batch_first=True, padding_side="left")  # (B, T, D)
     T = embeds.shape[1]
-    positions = torch.arange(T, device=lengths.device) - (T - lengths[:, None])  # (B, T), below 0 where padded
-    mask = (positions >= 0).long() if len(inputs) > 1 else None
-    logits, cache = forward_step(decoder, None, mask, positions.clamp(min=0), inputs_embeds=embeds)
-    return logits, DecoderState(cache, mask, lengths)
+    positions = torch.arange(T, device=device) - (T - lengths[:, None])  # (B, T), below 0 where padded
+    mask = (positions >= 0).long() if B > 1 else None
+    if start is not None:
+        known, cache = int(start.position), copy.deepcopy(start.cache)
+        if mask is not None:
+            cache.batch_repeat_interleave(B)
+            mask = nn.functional.pad(mask, (known, 0), value=1)
+    logits, cache = forward_step(decoder, cache, mask, positions.clamp(min=0) + known, inputs_embeds=embeds)
+    return logits, DecoderState(cache, mask, lengths + known)
+
+
+@torch.inference_mode()
+def prefill_each(decoder: nn.Module, inputs: Sequence[Tensor],
+                 start: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
+    """The same as `prefill`, but one prompt is read after the other, so that none depends on its neighbours' lengths: a
+    CPU's products round by their shape, and padding costs it time. Then keys and values are padded."""
+    logits, states = zip(*(prefill(decoder, [prompt], start) for prompt in inputs), strict=True)
+    if len(inputs) == 1:
+        return logits[0], states[0]
+    lengths = torch.cat([state.position for state in states])
+    T = int(lengths.max())
+    cache = states[int(lengths.argmax())].cache
+    layers = list(zip(*(state.cache.layers for state in states), strict=True))  # before any of them changes
+    for joined, parts in zip(cache.layers, layers, strict=True):
+        for name in ("keys", "values"):
+            rows = [getattr(part, name)[0].transpose(0, 1) for part in parts]  # (T, KV, D) each
+            padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+            setattr(joined, name, padded.transpose(1, 2))
+    mask = (torch.arange(T) >= T - lengths[:, None]).long()
+    return torch.cat(logits), DecoderState(cache, mask, lengths)
 
 
 @torch.inference_mode()
@@ -4852,7 +4947,7 @@ def decode_one_token(decoder: nn.Module, token: Tensor, state: DecoderState,
     if (engine := getattr(state.cache, "stepper", None)) is not None:  # see refrag_extras/cpu_engine.py
         logits, cache = engine.step(token, state.cache, mask, state.position)
     else:
-        logits, cache = forward_step(decoder, state, mask, state.position[:, None], input_ids=token[:, None])
+        logits, cache = forward_step(decoder, state.cache, mask, state.position[:, None], input_ids=token[:, None])
     return logits, DecoderState(cache, mask, state.position + step)
 
 
@@ -5120,6 +5215,7 @@ class Pipeline:
                  pack: PackConfig, generate: GenerateConfig, seed: int = 1337, stepper: Any = None):
         self.model, self.searcher, self.embedder = model, searcher, embedder
         self.seed, self.stepper, self.load_s = seed, stepper, 0.0
+        self.started: tuple[Any, DecoderState | None] = None, None  # see `start`
         self.remote = stepper if hasattr(stepper, "write") else None  # see refrag_extras/vllm_engine.py
         self.tokenizer, self.device = model.encoder.tokenizer, next(model.decoder.parameters()).device
         self.index = searcher.index if searcher else None
@@ -5255,10 +5351,30 @@ class Pipeline:
         return Reading(item, settings, passages, context, given, scores, expanded, kept, plan, inputs, watch.seconds)
 
     @functools.cached_property
-    def batches(self) -> bool:
-        """Whether answers can be decoded together: recurrent layers, which keep no keys, would read the padding."""
+    def attends(self) -> bool:
+        """Whether all layers keep keys. Recurrent ones would read padding, and cannot go on from a state."""
         _, state = prefill(self.model.decoder, [self.model.decoder.get_input_embeddings().weight[:1].detach()])
         return all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
+
+    @property
+    def batches(self) -> bool:
+        """Whether answers can be decoded together and be what each is alone; a CPU's products in bfloat16 round by
+        their shape."""
+        exact = self.device.type != "cpu" or self.model.decoder.dtype == torch.float32 or self.stepper is not None
+        return self.attends and exact
+
+    def start(self, readings: Sequence[Reading]) -> tuple[int, DecoderState | None]:
+        """The positions before the first document if all the prompts share them, and the decoder's state after these.
+        The last one is kept, so that the instructions before nearly all prompts are read once."""
+        starts = {tuple(reading.plan[: blocks[0][0]].tolist()) if (blocks := reading.context.prompt.blocks) else ()
+                  for reading in readings}
+        if len(starts) > 1 or not max(starts) or not self.attends:
+            return 0, None
+        [start] = starts
+        if self.started[0] != start:
+            _, state = prefill(self.model.decoder, [readings[0].inputs[: len(start)]])
+            self.started = start, state
+        return len(start), self.started[1]
 
     def answer(self, question: str, on_text: Writer = None, **changes: Any) -> dict[str, Any]:
         """The result of one question. changes: see `settings_for`."""
@@ -5301,8 +5417,10 @@ class Pipeline:
         """Decode by the decoder itself. on_token: see `decode`."""
         decoder, settings, watch = self.model.decoder, readings[0].settings, Stopwatch(self.device)
         with watch.stage("prefill_s"):
-            logits, state = prefill(decoder, [reading.inputs for reading in readings])
-        kv_bytes, start = cache_bytes(state.cache) // len(readings), watch.clock()
+            known, start = self.start(readings)
+            read = prefill_each if self.device.type == "cpu" else prefill
+            logits, state = read(decoder, [reading.inputs[known:] for reading in readings], start)
+        kv_bytes, sampled = cache_bytes(state.cache) // len(readings), watch.clock()
         pick = functools.partial(sample, temperature=settings.temperature, top_p=settings.top_p,
                                  generator=settings.sampler)
         outs, state = decode(decoder, logits, state, max_new=settings.max_new, stops=settings.stop_tokens,
@@ -5317,7 +5435,7 @@ class Pipeline:
             pending[row].clear()
             return allowed[int(logits[row, allowed].argmax())]
 
-        return Written(outs, [watch.seconds["prefill_s"] + out.times[0] - start for out in outs], kv_bytes, best)
+        return Written(outs, [watch.seconds["prefill_s"] + out.times[0] - sampled for out in outs], kv_bytes, best)
 
     def result(self, reading: Reading, out: Decoded, answer: str, chosen: str | None,
                kv_bytes: int | None) -> dict[str, Any]:

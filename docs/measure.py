@@ -8,6 +8,7 @@
     python docs/measure.py embed --texts data/wiki_passages.jsonl --limit 256
     python docs/measure.py kernels --index_dir runs/wiki --qa data/wiki_questions.jsonl --limit 60 --dtype bfloat16
     python docs/measure.py allocator --texts data/cpt_train.jsonl --contexts 512 --k 4
+    python docs/measure.py hops --qa multihop/qa.dev.jsonl.gz --index_dir runs/multihop --p 0.05
     python docs/measure.py paired --run OUT/answers_ceiling --against OUT/answers_squad_more
 
 --llama_cpp: beside llama.cpp on the same GGUF file, which needs `pip install llama-cpp-python==0.3.36` (from source).
@@ -173,6 +174,50 @@ def measure_answers(args: argparse.Namespace) -> dict:
         table[name]["f1_minus_model"] = [round(statistics.mean(differences), 4), *interval]
     return {"n": len(questions), "auto": cpu_engine.Stepper(decoder).engine,
             "rows": [{"engine": name, **row} for name, row in table.items()]}
+
+
+def measure_hops(args: argparse.Namespace) -> dict:
+    """What a second search brings, by how its query is made. `right titles`: the question and the titles of the
+    passages that are needed, the best that a reader could write."""
+    shipped = {"load_dir": args.load_dir} if args.load_dir else {}
+    pipeline = refrag.open_pipeline(args.index_dir, hops=2, p=args.p, topk=args.topk, **shipped)
+    questions = refrag.labelled(refrag.read_question_file(args.qa, "--qa", ("answers", "positive_ids")),
+                                "positive_ids", args.limit, args.qa)
+    places, index = refrag.positive_rows(questions, pipeline.index), pipeline.index
+    found: dict[str, list[dict[str, float]]] = collections.defaultdict(list)
+    for item in refrag.progress(questions, "questions", total=len(questions), unit="question"):
+        needed = [places[name] for name in dict.fromkeys(item["positive_ids"])]
+        titles = " ".join(dict.fromkeys(index[rows[0]].title for rows in needed))
+        ways = {"none": None, "rule": refrag.rule_query, "model": pipeline.written_query,
+                "right titles": lambda question, _, titles=titles: f"{question} {titles}"}
+        for name, write in ways.items():
+            queries = []
+
+            def following(question: str, passages: list, write=write, queries=queries) -> str:
+                queries.append(write(question, passages))
+                return queries[0] if queries[0] != refrag.rule_query(question, passages) else queries.pop()
+
+            start = time.perf_counter()
+            passages = pipeline.searcher.search(item["question"], args.topk, 1 + (name != "none"), None, following)
+            seconds, rows = time.perf_counter() - start, {passage.row for passage in passages}
+            hit = [not rows.isdisjoint(some) for some in needed]
+            [result] = pipeline.generate([pipeline.prepare(item, passages=passages)])
+            reply = refrag.parse_citations(result["answer"], [str(p.rank) for p in passages]).bare
+            found[name].append({"recall": statistics.fmean(hit), "all_positives": float(all(hit)),
+                                "f1": evaluate.token_f1(reply, item["answers"]), "ms": 1000 * seconds,
+                                "own": len(queries)})
+    table = []
+    for name, lines in found.items():
+        cells: dict = {column: round(statistics.fmean(line[column] for line in lines), 4)
+                       for column in ("recall", "all_positives", "f1")}
+        for rival, column in itertools.product(("none", "rule"), ("all_positives", "f1")):
+            if list(found).index(name) > list(found).index(rival):
+                gains = [mine[column] - other[column] for mine, other in zip(lines, found[rival], strict=True)]
+                gained = {"mean": statistics.fmean(gains), "ci": evaluate.bootstrap_interval(gains, RUNTIME.seed)}
+                cells[f"{column}_minus_{rival}"] = evaluate.cell_text(gained)
+        table.append({"next_query": name, **cells, "own_queries": sum(line["own"] for line in lines),
+                      "search_ms": round(statistics.median(line["ms"] for line in lines), 1)})
+    return {"n": len(questions), "passages": len(index), "rows": table}
 
 
 def measure_first_token(args: argparse.Namespace) -> dict:
@@ -397,6 +442,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--p", type=float, default=0.25)
+    parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new", type=int, default=48)

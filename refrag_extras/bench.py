@@ -91,18 +91,35 @@ class Trial:
     pipeline: refrag.Pipeline
     settings: refrag.Settings
     stored_vectors: bool | None  # whether the index holds what it reads; None where no vectors are read
+    kinds: dict[str, int]  # see `position_kinds`
     runs: list[dict[str, Any]] = field(default_factory=list)  # the metrics of each counted round
     memory: dict[str, float | None] = field(default_factory=dict)
+    products_s: float = 0.0  # what the matrix products of the prefill take by themselves
 
     def run(self, item: dict[str, Any]) -> dict[str, Any]:
         results = self.pipeline.answer_batch([item] * self.setting.batch, self.settings)
         return metrics_together([result["metrics"] for result in results])
 
     def warm_up(self, item: dict[str, Any]) -> None:
-        """A run that is not timed and measures peak memory, since returning freed memory would slow a timed one."""
+        """A run that is not timed and measures peak memory, since returning freed memory would slow a timed one; and
+        the prefill's matrix products by themselves."""
         reset_peak_memory(self.pipeline.device)
         peak, device_peak = self.run(item)["peak_rss_mb"], peak_device_mb(self.pipeline.device)
         self.memory = {"peak_rss_mb": peak, "peak_device_mb": device_peak and round(device_peak, 1)}
+        reading = self.pipeline.prepare(item, self.settings)
+        known, start = self.pipeline.start([reading])
+        with Products() as products:
+            refrag.prefill_each(self.pipeline.model.decoder, [reading.inputs[known:]] * self.setting.batch, start)
+        self.products_s = products.seconds(self.pipeline.device, 2)
+
+
+def position_kinds(prompt: refrag.Prompt, plan: np.ndarray) -> dict[str, int]:
+    """How many of a plan's positions stand before the documents, are their tags, vectors, text, and after them."""
+    first, last = (prompt.blocks[0][0], prompt.blocks[-1][1]) if prompt.blocks else (0, 0)
+    tokens, content = len(prompt.input_ids), sum(chunk.last - chunk.first for chunk in prompt.chunks)
+    vectors, tags = int((plan < 0).sum()), last - first - content
+    text = len(plan) - first - tags - vectors - (tokens - last)
+    return {"prefix": first, "tags": tags, "vectors": vectors, "text": text, "question": tokens - last}
 
 
 def metrics_together(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -153,40 +170,37 @@ class Benchmark:
             return len(packed.docs)
         return None
 
-    def make_trial(self, setting: Setting, topk: int | None) -> Trial:
-        """A setting, ready to be timed. Its answers have all of --new tokens: nothing stops them."""
+    def make_trial(self, setting: Setting, topk: int | None) -> Trial | None:
+        """A setting, ready to be timed; None, and reported, if it does not fit. Its answers have all of --new tokens:
+        nothing stops them."""
         pipeline, stored, usual = self.pipeline, self.pipeline.stored, self.pipeline.settings
         k = setting.k or (stored.manifest["chunking"]["k"] if stored else usual.k)  # full text: no recount
         settings = pipeline.settings_for(
             topk=topk or usual.topk, mode=setting.mode, k=k, p=usual.p if setting.p is None else setting.p,
             ctx_max=setting.context or usual.ctx_max, stop_tokens=frozenset())
-        reads_vectors = setting.mode == "refrag" and setting.p < 1
-        return Trial(setting, pipeline, settings, reads_stored(pipeline, k) if reads_vectors else None)
-
-    def fits(self, trial: Trial) -> bool:
-        """Whether a trial can be timed as it says; if not, that is reported."""
-        pipeline, settings, setting = self.pipeline, trial.settings, trial.setting
         if setting.batch > 1 and not pipeline.batches:
-            self.leave_out(f"--batch_size {setting.batch} left out: this decoder's layers carry a state, so that it "
-                           "answers one question after another")
-            return False
+            self.leave_out(f"--batch_size {setting.batch} left out: here one answer is decoded after another, so "
+                           "that each is what it is alone")
+            return None
         context = pipeline.context(self.item, pipeline.retrieve(self.item, settings), settings)
         scores, _ = pipeline.score(context, settings)
-        positions = len(refrag.feed_plan(context.prompt, scores, settings)[2])
+        plan = refrag.feed_plan(context.prompt, scores, settings)[2]
         try:
-            pipeline.check_window(positions, settings)
+            pipeline.check_window(len(plan), settings)
         except refrag.TooLongError:
-            self.leave_out(f"{setting.curve} at --contexts {setting.context} left out: {positions} positions and --new "
+            self.leave_out(f"{setting.curve} at --contexts {setting.context} left out: {len(plan)} positions and --new "
                            f"{self.bench.new} exceed the decoder's window {pipeline.model.window}")
-            return False
-        return True
+            return None
+        reads_vectors = setting.mode == "refrag" and setting.p < 1
+        return Trial(setting, pipeline, settings, reads_stored(pipeline, k) if reads_vectors else None,
+                     position_kinds(context.prompt, plan))
 
     def plan(self) -> list[Trial]:
         """The trials that fit the index and the decoder's window. Raises UserError if none does."""
         settings = bench_settings(self.bench)
         depths = {context: self.fill(context) for context in dict.fromkeys(s.context for s in settings) if context}
-        trials = [self.make_trial(s, depths.get(s.context)) for s in settings if not s.context or depths[s.context]]
-        kept = [trial for trial in trials if self.fits(trial)]
+        made = (self.make_trial(s, depths.get(s.context)) for s in settings if not s.context or depths[s.context])
+        kept = [trial for trial in made if trial is not None]
         refrag.require(bool(kept), f"nothing to time: {self.left_out[-1] if self.left_out else 'no combination'}")
         for k in dict.fromkeys(trial.setting.k for trial in kept if trial.stored_vectors is False):
             refrag.notice(f"--k {k}: the index holds no vectors that serve it: they are computed while the clock runs")
@@ -233,6 +247,8 @@ def bench_row(trial: Trial, full: Trial | None) -> dict[str, Any]:
         **{name: median_of(values) for name, values in series.items()},
         "theoretical_ratio": round(theoretical_ratio(k, p), 6) if mode == "refrag" else None,
         "stages": {name: median_of([run["stages"][name] for run in runs]) for name in runs[0]["stages"]},
+        "kinds": trial.kinds,
+        "products_share": round(trial.products_s / min(run["stages"]["prefill_s"] for run in runs), 4),
         **trial.memory, "stored_vectors": trial.stored_vectors, "spread": spread, "runs": series}
 
 
@@ -347,9 +363,11 @@ def bench_cells(row: dict[str, Any]) -> dict[str, str]:
     stages = {name.removesuffix("_s"): ms(value) for name, value in row["stages"].items()}
     shown = {name: "-" if row[name] is None else f"{row[name]:g}" for name in ("k", "p")}
     return {"mode": row["mode"], **shown, "batch": str(row["batch"]), "context": f"{row['context_tokens']:,}",
-            "positions": f"{row['positions']:,}", **times, **ratios, **stages, "TTIT ms": ms(row["ttit_s"]),
+            "positions": f"{row['positions']:,}", **times, **ratios, **stages,
+            "products": f"{row['products_share']:.0%}", "TTIT ms": ms(row["ttit_s"]),
             "tokens/s": "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}",
-            "KV MB": f"{row['kv_bytes'] / 2**20:.1f}", "peak MB": f"{row['peak_rss_mb']:,.0f}"}
+            "KV MB": f"{row['kv_bytes'] / 2**20:.1f}", "peak MB": f"{row['peak_rss_mb']:,.0f}",
+            "/".join(row["kinds"]): "/".join(map(str, row["kinds"].values()))}
 
 
 def bench_text(result: dict[str, Any]) -> str:
@@ -357,7 +375,8 @@ def bench_text(result: dict[str, Any]) -> str:
     cells = [bench_cells(row) for row in result["rows"]]
     if all(row["batch"] == 1 for row in result["rows"]):
         cells = [{name: text for name, text in one.items() if name != "batch"} for one in cells]
-    lines = [aligned_table(cells), ""]
+    lines = [aligned_table(cells), "", "- products: the share of the prefill that its layers' matrix products take by "
+             "themselves; the rest is attention and what lies between"]
     fresh = sorted({row["k"] for row in result["rows"] if row["stored_vectors"] is False})
     if fresh:
         lines.append(f"- vectors that the index does not hold, computed while the clock runs: k = "

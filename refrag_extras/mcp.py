@@ -56,7 +56,7 @@ MOST_PIECES = 64  # of a document in one reply: some 16,000 tokens
 
 class ReadTool(refrag.Options):
     """Read a passage or a whole document by its id. A long document goes on at the id that the reply calls next."""
-    id: str | None = opt(None, "of a passage (notes.pdf#3), or of a document (notes.pdf)", needed=True)
+    id: str | None = opt(None, "that of a passage (notes.pdf#3) or of a document (notes.pdf)", needed=True)
     pieces: int | None = opt(None, "passages to read, from this one on; default 1 of a passage's id, else "
                              f"{MOST_PIECES}", low=1, high=MOST_PIECES)
 
@@ -84,7 +84,9 @@ def read_arguments(tool: type[refrag.Options], given: dict[str, Any], usual: dic
     fields = refrag.config_fields([tool])
     unknown = ", ".join(name for name in given if name not in fields)
     refrag.require(not unknown, f"no such argument: {unknown}: there are {', '.join(fields)}")
-    values = {name: refrag.convert("", value, *fields[name]) for name, value in given.items() if value is not None}
+    whole = {name: int(value) for name, value in given.items() if isinstance(value, float) and value.is_integer()}
+    values = {name: refrag.convert("", value, *fields[name])
+              for name, value in (given | whole).items() if value is not None}  # some programs know no integers: 8.0
     return tool(**{name: usual[name] for name in fields if name in usual} | values)
 
 

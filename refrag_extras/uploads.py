@@ -150,7 +150,7 @@ class Uploads:
     async def index(self) -> AsyncIterator[dict[str, Any]]:
         """Run `index --add`: its progress, what it skipped, and last its counts or its error."""
         pipes, skipped = dict.fromkeys(("stdout", "stderr"), asyncio.subprocess.PIPE), []
-        yield {"stage": "starting"}
+        yield {"stage": "indexing"}
         process = await asyncio.create_subprocess_exec(*self.command, **pipes, env=self.environment)
         try:
             async for line in lines_of(process.stderr):

@@ -25,6 +25,8 @@ from refrag_extras import cpu_engine
 from refrag_extras import index as writing
 
 torch.set_num_threads(1)
+COMPUTES_BFLOAT16 = refrag.cpu_computes_bfloat16
+refrag.cpu_computes_bfloat16 = bool  # auto is float32 on every machine, as in the processes of writers.py
 
 RUNTIME = refrag.RuntimeConfig(device="cpu", dtype="float32")
 CHAT_TEMPLATE = (

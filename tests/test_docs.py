@@ -7,12 +7,15 @@ import importlib
 import json
 import re
 import runpy
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from writers import ASKED
 
 import refrag
 from refrag_extras import index
@@ -175,6 +178,18 @@ class TestMeasurements:
         assert rows["generate"]["times_faster_than_generate"] == 1
         assert made["command"][1:3] == ["decode", "--prompt"]
 
+    def test_what_a_second_search_brings(self, measure, corpus, done, write, tmp_path):
+        """Every way finds the passage among all six; only a query that is not the rule's counts as own."""
+        done("index", "--corpus", corpus, "--index_dir", tmp_path / "six")
+        asked = write("asked.jsonl", [{"question": question, "answers": [answer], "positive_ids": [name]}
+                                      for question, answer, name in ASKED[:2]])
+        made = measure("measure.py", "hops", "--qa", asked, "--index_dir", tmp_path / "six", "--topk", 6)
+        rows = {row["next_query"]: row for row in made["rows"]}
+        assert list(rows) == ["none", "rule", "model", "right titles"] and (made["n"], made["passages"]) == (2, 6)
+        assert {row["all_positives"] for row in rows.values()} == {1}
+        assert rows["right titles"]["all_positives_minus_rule"] == "+0.000 [0.000, 0.000]"
+        assert [rows[name]["own_queries"] for name in ("none", "rule", "right titles")] == [0, 0, 2]
+
     def test_two_evaluations_question_by_question(self, measure, write, tmp_path):
         """One has a single cell, which every cell of the other is set beside, over the two questions of both."""
         answered = {"ceiling": [("full", 1.0, "a", 0.5), ("full", 1.0, "b", 1.0), ("full", 1.0, "z", 0.0)],
@@ -215,3 +230,18 @@ def test_the_python_interface_works_as_documented(tmp_path, shared, monkeypatch,
     exec(compile(code, "docs/API.md", "exec"), names)
     assert names["result"]["answer"] in capsys.readouterr().out
     assert names["model"].config.compression == 4
+
+
+def test_the_cluster_s_files_and_commands_fit_the_program(monkeypatch, write):
+    """Their options exist and go together; the containers that wait for each other are there."""
+    monkeypatch.chdir(ROOT)
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    for service in services.values():
+        assert services.keys() >= service.get("depends_on", {}).keys() and "healthcheck" in services["vllm"]
+    run = yaml.safe_load((ROOT / "docs/cluster/sky.yaml").read_text())["run"]
+    text = f"{run}\n{(ROOT / 'docs/CLUSTER.md').read_text()}".replace("\\\n", " ")
+    lines = re.findall(r"^.*(?:launch|refrag|refrag\.py) +((?:index|export|train|cpt_recon) .+)$", text, re.MULTILINE)
+    assert len(lines) == 8
+    for argv in (services["refrag"]["command"], *map(shlex.split, lines)):
+        argv = [str(write("texts", "x")) if re.search(r"TEXTS|QUESTIONS|\.jsonl", word) else word for word in argv]
+        assert refrag.parse(argv)[0] == argv[0]

@@ -62,6 +62,7 @@ def test_over_stdio_the_tools_give_what_the_commands_give(tiny, done, change, tm
     alone = [done("generate", *argv, "--question", question) for question in others]
     found = done("search", "--index_dir", folder, "--question", QUESTION, "--topk", 2)
     environment = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS")}
+    environment["REFRAG_DTYPE"] = "float32"  # as everything here
     start = StdioServerParameters(command=sys.executable, args=[*STARTS["python refrag.py"], "mcp", *argv],
                                   env=environment, cwd=ROOT)
 
@@ -122,7 +123,8 @@ def test_faults_of_ours_end_nothing(box, monkeypatch, capsys):
 
 
 def test_null_is_left_out_and_numbers_may_come_as_text(box):
-    [result] = talk(box.server(), ("answer", {"question": QUESTION, "topk": "1", "where": None, "max_new": 3, "p": 1}))
+    given = {"question": QUESTION, "topk": "1", "where": None, "max_new": 3.0, "p": 1}
+    [result] = talk(box.server(), ("answer", given))
     settings = result.structured_content["settings"]
     assert (settings["topk"], settings["where"], settings["max_new"], settings["p"]) == (1, None, 3, 1.0)
     assert "chunks" not in result.structured_content

@@ -14,7 +14,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from conftest import RUNTIME, TEXTS, build, passages_of, save_embedder
+from conftest import COMPUTES_BFLOAT16, RUNTIME, TEXTS, build, passages_of, save_embedder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -538,6 +538,7 @@ def test_the_embedder_computes_in_bfloat16_where_the_device_does(embedder, monke
     exact = refrag.load_embedder(str(embedder), RUNTIME)
     for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able}, raising=False)
+        monkeypatch.setattr(refrag, "cpu_computes_bfloat16", COMPUTES_BFLOAT16)
         one = refrag.load_embedder(str(embedder), refrag.RuntimeConfig(device="cpu"))
         assert next(one.model.parameters()).dtype == dtype and one.fingerprint == exact.fingerprint
         vectors, states, _ = one.embed_with_states(texts)
@@ -548,6 +549,21 @@ def test_the_embedder_computes_in_bfloat16_where_the_device_does(embedder, monke
             np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1, atol=1e-5)
             assert (made * expected).sum(1).min() > 0.999
         assert all(state.dtype == np.float32 for state in states)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_default_embedder_is_the_library_s_to_the_last_digit(dtype):
+    from sentence_transformers import SentenceTransformer
+
+    name, texts = next(iter(refrag.BUNDLED)), [text[:n] for n in (40, 15, 90) for text in TEXTS] + ["", LONG * 9]
+    ours = refrag.load_embedder(None, refrag.RuntimeConfig(dtype=str(dtype).removeprefix("torch.")))
+    theirs = refrag.Embedder(name, SentenceTransformer(refrag.model_path(name), device="cpu"), dtype)
+    assert isinstance(ours.model, refrag.MeanEmbedder) and ours.fingerprint == theirs.fingerprint
+    assert (ours.embed_passages(texts, 8) == theirs.embed_passages(texts, 8)).all()
+    assert (ours.embed_query("Who?") == theirs.embed_query("Who?")).all()
+    for mine, other in zip(*(one.embed_with_states(texts, 8) for one in (ours, theirs)), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(mine, other, strict=True))
 
 
 def test_queries_embedded_together_are_those_embedded_alone(embedder, monkeypatch):

@@ -374,7 +374,7 @@ class TestOpenaiClient:
         rows = [item.embedding for item in client.embeddings.create(model=names[1], input=texts).data]
         plain = [item.embedding for item in client.embeddings.create(model=names[1], input=texts,
                                                                      encoding_format="float").data]
-        embedder = refrag.load_embedder(names[1], refrag.RuntimeConfig())
+        embedder = refrag.load_embedder(names[1], refrag.RuntimeConfig(dtype="float32"))
         np.testing.assert_allclose(rows, embedder.embed_passages(texts), atol=1e-5)
         np.testing.assert_allclose(rows, plain, atol=1e-6)
         longest = client.embeddings.create(model=names[1], input=["bells " * 62, "bells"], dimensions=24)
@@ -744,7 +744,7 @@ def test_files_that_are_sent_become_part_of_the_index(start, change, server, tmp
     def send(*files):
         reply = writable.http.post("/v1/documents", files=[("file", file) for file in files], timeout=120)
         told = [json.loads(line.removeprefix("data: ")) for line in reply.text.splitlines() if line]
-        assert told[0] == {"stage": "starting"}
+        assert told[0] == {"stage": "indexing"}
         return told[-1]
 
     gone = writable.http.stream("POST", "/v1/documents", files={"file": ("bells.txt", GATE.encode())})

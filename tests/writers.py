@@ -92,6 +92,7 @@ import contextlib, ctypes, json, os, sys
 import accelerate, peft, sentence_transformers, torch, refrag
 
 torch.set_num_threads(1)  # as in this file: other sums round in another order
+refrag.cpu_computes_bfloat16 = bool
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
