@@ -2734,14 +2734,15 @@ VARLEN = torch.__version__ >= (2, 12)  # the first one whose kernel takes groupe
 
 @torch.compiler.disable  # it would be compiled for every length
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    """Attention of one text, (H, T, D), by products of matrices: on CPUs faster than torch's kernel, in bfloat16 two to
-    three times. In blocks of queries, for which what lies ahead is not computed. key, value: (KV, T, D)."""
-    KV, T, D = key.shape
+    """Attention of the last T positions of one text, (H, T, D), by products of matrices: on CPUs faster than torch's
+    kernel, in bfloat16 two to three times. In blocks of queries, for which what lies ahead is not computed. key, value:
+    (KV, K, D), of all positions."""
+    (KV, K, D), T = key.shape, query.shape[1]
     query, blocks = query.reshape(KV, -1, T, D), []  # (KV, G, T, D), the G heads of a group share a product
-    for start in range(0, T, QUERY_BLOCK):
-        part, end = query[:, :, start : start + QUERY_BLOCK], min(start + QUERY_BLOCK, T)
+    for first in range(0, T, QUERY_BLOCK):
+        part, start, end = query[:, :, first : first + QUERY_BLOCK], K - T + first, K - T + min(first + QUERY_BLOCK, T)
         hidden = part.new_full((end - start, end), -math.inf)
-        hidden = (hidden.triu(start + 1) + hidden.tril(start - (window or T))).repeat(query.shape[1], 1)
+        hidden = (hidden.triu(start + 1) + hidden.tril(start - (window or K))).repeat(query.shape[1], 1)
         scores = torch.baddbmm(hidden, part.flatten(1, 2), key[:, :end].mT, alpha=scaling or D**-0.5)
         blocks.append(torch.bmm(scores.softmax(-1), value[:, :end]).view_as(part))  # scores: (KV, G * block, end)
     return torch.cat(blocks, dim=2).flatten(0, 1)
@@ -2750,7 +2751,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
 def attend_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                    cu_seq_lens_q: Tensor | None = None, scaling: float | None = None,
                    **more: Any) -> tuple[Tensor, None]:
-    """Causal attention within each of the n texts of a row. query: (1, H, P, D); key, value: as many heads or fewer.
+    """Causal attention within each of the n texts of a row. query: (1, H, P, D); key, value: as many heads or fewer;
+    of one text on a CPU also of the positions before the query's.
 
     cu_seq_lens_q: (n + 1,), where texts begin and end; without it, what "sdpa" does. Returns (1, P, H, D).
     """
@@ -2768,7 +2770,8 @@ def attend_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
         flash = torch.ops.aten._flash_attention_forward  # the same kernel, which knew no groups of heads before
         return flash(query, key, value, *texts, 0.0, True, False, scale=scaling)[0][None], None
-    texts = zip(*(part[0].split(cu_seq_lens_q.diff().tolist(), dim=1) for part in (query, key, value)), strict=True)
+    lengths, parts = cu_seq_lens_q.diff().tolist(), (query[0], key[0], value[0])
+    texts = zip(*(part.split(lengths, dim=1) for part in parts), strict=True) if len(lengths) > 1 else [parts]
     return torch.cat([causal_attention(*text, scaling, window) for text in texts], dim=1).transpose(0, 1)[None], None
 
 
@@ -4910,7 +4913,10 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor],
         if mask is not None:
             cache.batch_repeat_interleave(B)
             mask = nn.functional.pad(mask, (known, 0), value=1)
-    logits, cache = forward_step(decoder, cache, mask, positions.clamp(min=0) + known, inputs_embeds=embeds)
+    by_products = B == 1 and device.type == "cpu" and can_pack(decoder)  # the faster attention there
+    row = row_arguments([T], device) if by_products else {}
+    row.pop("position_ids", None)
+    logits, cache = forward_step(decoder, cache, mask, positions.clamp(min=0) + known, inputs_embeds=embeds, **row)
     return logits, DecoderState(cache, mask, lengths + known)
 
 
