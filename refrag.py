@@ -2114,7 +2114,9 @@ class Searcher:
             if not new or len(found) == hops:
                 break
             used.add(new[0])
-            query = next_query(question, [self.index[row] for row in new])
+            passages, last = [self.index[row] for row in new], query
+            if (query := next_query(question, passages)) == last:
+                query = rule_query(question, passages)
         return rankings[0] if len(rankings) == 1 else rrf([dict(ranking) for ranking in rankings]), found
 
     def search(self, question: str, topk: int, hops: int = 1, where: str | None = None,
@@ -5527,7 +5529,7 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime.seed, stepper.result())
     with contextlib.suppress(TooLongError):  # a question, so that the first one pays for no lazy initialisation
         pipeline.answer("warm up" if needs_index else "warm up <doc id='1'>warm up</doc>", topk=1, max_new=2,
-                        temperature=0.0, cite=False, show_prompt=False, stop_tokens=frozenset())
+                        temperature=0.0, cite=False, show_prompt=False, stop_tokens=frozenset(), hops=1)
     pipeline.load_s = time.perf_counter() - start
     if pack.mode == "refrag" and not model.trained:
         how = ("chunk vectors are plain means of token embeddings" if pipeline.settings.compressed == "feed" else

@@ -21,6 +21,7 @@ import copy
 import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -135,6 +136,18 @@ def known_differences(here: refrag.Pipeline, base: torch.nn.Module) -> list[dict
     return rows
 
 
+def seconds_to_end(there: refrag.Pipeline, item: dict) -> float:
+    """From an answer that is given up after four tokens to a vLLM that has nothing to do. Raises SystemExit."""
+    reading = there.prepare(item, there.settings_for(max_new=512, stop_tokens=frozenset({0})))
+    there.remote.write([reading], lambda row, tokens: len(tokens) == 4)
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < 10:
+        with urllib.request.urlopen(f"{there.remote.url}/metrics") as reply:
+            if re.search(rb"^vllm:num_requests_running\{[^}]*\} 0\.0", reply.read(), re.MULTILINE):
+                return round(time.perf_counter() - begun, 3)
+    raise SystemExit("vLLM goes on with an answer that was given up")
+
+
 def clients(args: argparse.Namespace, engine: str, questions: list[str]) -> list[dict[str, Any]]:
     """One and several clients of `serve`."""
     os.environ |= {"REFRAG_ENGINE": engine, "REFRAG_DTYPE": args.dtype, "REFRAG_THREADS": str(args.threads)}
@@ -178,11 +191,12 @@ def main() -> None:
             known.append({"the decoder": "as vLLM serves it", "differs by, nats": round(there.remote.differs_by, 4)})
             print_result("vllm_known", facts | {"rows": known})
             rows, parted = zip(*(compare_answers(here, there, items, mode) for mode in ("refrag", "full")), strict=True)
-            print_result("vllm_answers", facts | {"rows": rows, "parted": [*itertools.chain(*parted)]})
+            print_result("vllm_answers", facts | {"rows": rows, "parted": [*itertools.chain(*parted)],
+                                                  "given_up_ends_s": seconds_to_end(there, items[0])})
             questions = [item["question"] for item in items[:12]]
             rows = clients(args, f"vllm+{url}", questions) if args.seconds else []
         if args.seconds:
-            rows += clients(args, "model", questions)
+            rows += clients(args, "model", questions) + clients(args, "auto", questions)
             print_result("vllm_clients", facts | {"n": len(questions), "rows": rows})
 
 

@@ -129,8 +129,11 @@ class Server:
 
     def __init__(self, engine: str):
         self.name, self.url = f"--engine {engine}", engine.removeprefix("vllm+").rstrip("/")
-        [served] = self.replies("/v1/models")
-        self.model, self.window = served["data"][0]["id"], served["data"][0]["max_model_len"]
+        try:
+            served = next(self.replies("/v1/models"))["data"][0]
+            self.model, self.window = served["id"], served["max_model_len"]
+        except (StopIteration, LookupError, TypeError):  # `refrag.py serve`, say, has the same port and another list
+            raise refrag.MissingError(f"{self.name}: what answers there is no vLLM server: name another port") from None
 
     def adopt(self, model: refrag.RefragModel) -> None:
         """Take what is needed of a model beside its reading: tokenizer, embeddings, what the decoder says to KNOWN."""
@@ -187,7 +190,7 @@ class Server:
         except refrag.UserError as error:
             raise refrag.MismatchError(str(error)) if "hidden_size" in str(error) else error from None
         self.differs_by = difference([choice["logprobs"]["top_logprobs"][0] for choice in said], self.known)
-        if self.differs_by > SAME:
+        if not self.differs_by <= SAME:
             raise refrag.MismatchError(f"{self.name} serves {self.model}, another decoder than that of --dec and "
                                        f"--load_dir (log probabilities differ by {self.differs_by:.2f} nats): let it "
                                        "serve the folder that export --decoder writes")

@@ -36,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(value).encode())
 
     def do_GET(self):
-        self.send(200, {"data": [{"id": "served", "max_model_len": self.server.window}]})
+        self.send(200, {"data": [{"id": "served", "max_model_len": self.server.window}]} | self.server.listed)
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -71,6 +71,7 @@ class StandIn(ThreadingHTTPServer):
         self.decoder = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.asked, self.said, self.cancelled, self.lock = [], [], threading.Event(), threading.Lock()
         self.enabled, self.window, self.pause, self.breaks, self.barrier = True, 2048, 0, None, None
+        self.listed = {}
         self.engine = f"vllm+http://127.0.0.1:{self.server_address[1]}"
 
     def check(self, prompts):
@@ -262,7 +263,7 @@ def test_sampling_is_the_servers_with_our_settings(served, tiny, done):
     (2, "--enable-prompt-embeds", {"enabled": False}), (5, "another decoder", {"other": {}}),
     (5, "hidden_size", {"other": {"hidden_size": 48}}), (3, "broke off", {"breaks": []}),
     (3, "out of memory", {"breaks": [{"error": {"message": "out of memory"}}]}), (3, "no vLLM server", {"gone": True}),
-    (3, "export --decoder", {"unknown": True})])
+    (3, "export --decoder", {"unknown": True}), (3, "no vLLM server: name", {"listed": {"data": [{"id": "refrag"}]}})])
 def test_what_is_wrong_with_a_server(served, serving, tiny, refused, tokenizers, tmp_path, home, code, says, change):
     """One line each, before the first answer."""
     if "other" in change:
@@ -276,7 +277,7 @@ def test_what_is_wrong_with_a_server(served, serving, tiny, refused, tokenizers,
     if "unknown" in change:
         [path] = (home / "decoders").iterdir()
         path.unlink()
-    vars(served).update({name: change[name] for name in ("enabled", "breaks") if name in change})
+    vars(served).update({name: change[name] for name in ("enabled", "breaks", "listed") if name in change})
     ask = ["generate", *tiny, "--question", QUESTIONS[0], "--engine", served.engine, "--quiet"]
     assert says in refused(code, *ask)
 
