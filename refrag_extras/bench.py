@@ -375,8 +375,7 @@ def bench_text(result: dict[str, Any]) -> str:
     cells = [bench_cells(row) for row in result["rows"]]
     if all(row["batch"] == 1 for row in result["rows"]):
         cells = [{name: text for name, text in one.items() if name != "batch"} for one in cells]
-    lines = [aligned_table(cells), "", "- products: the share of the prefill that its layers' matrix products take by "
-             "themselves; the rest is attention and what lies between"]
+    lines = [aligned_table(cells), "", "- products: the share of the prefill that matrix products take by themselves"]
     fresh = sorted({row["k"] for row in result["rows"] if row["stored_vectors"] is False})
     if fresh:
         lines.append(f"- vectors that the index does not hold, computed while the clock runs: k = "
@@ -391,7 +390,7 @@ def bench_text(result: dict[str, Any]) -> str:
 class Products(TorchDispatchMode):
     """Counts the matrix products of what runs within it, backward too, by their factors' shape, strides, precision."""
 
-    KINDS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+    KINDS = tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm"))
 
     def __init__(self):
         super().__init__()

@@ -554,15 +554,16 @@ HOP = "Where do smiths cast bells?"
 def test_the_decoder_writes_the_query_of_the_next_hop(run, index_dir, llama, monkeypatch, capsys, said):
     """What plain transformers says to the question over the best three passages; the rule's if that is nothing new."""
     pipeline = refrag.open_pipeline(index_dir, dec=str(llama), enc="decoder:2", load_dir="none", engine="model",
-                                    max_new=2, topk=2)
+                                    max_new=2, topk=2, hops=3, hop_query="model")
+    assert "query" not in capsys.readouterr().err, "to warm up there is nothing to look up"
     searcher, asked, generate, tokenizer = pipeline.searcher, [], pipeline.generate, pipeline.tokenizer.decoder
     monkeypatch.setattr(searcher, "find", lambda query, *more: asked.append(query) or refrag.Searcher.find(
         searcher, query, *more))
     if said is not None:
         monkeypatch.setattr(pipeline, "generate", lambda readings, writers=(): (
             [{"answer": said}] if readings[0].settings.max_new > 2 else generate(readings, writers)))
-    pipeline.answer(HOP, hops=2, hop_query="model")
-    assert len(asked) == 2 and asked[0] == HOP
+    pipeline.answer(HOP)
+    assert len(asked) == 3 and asked[0] == HOP and asked[1] != asked[2]
     best = searcher.search(HOP, 3)
     docs = "".join(f'<doc id="{p.rank}">\n{p.content}\n</doc>\n' for p in best)
     ids = tokenizer.apply_chat_template(
@@ -575,7 +576,7 @@ def test_the_decoder_writes_the_query_of_the_next_hop(run, index_dir, llama, mon
     assert asked[1] == (f"{HOP} {new}" if new else refrag.rule_query(HOP, best))
     assert ("wrote nothing new" if new is None else f"next query: {HOP} ") in capsys.readouterr().err
     asked.clear()
-    pipeline.answer(HOP, hops=2)
+    pipeline.answer(HOP, hops=2, hop_query=refrag.GenerateConfig().hop_query)
     assert asked[1] == refrag.rule_query(HOP, best), "the rule is the default"
 
 
