@@ -362,9 +362,10 @@ def bench_cells(row: dict[str, Any]) -> dict[str, str]:
         ("shorter", "compression"), ("faster", "ttft_ratio"), ("theory", "theoretical_ratio"))}
     stages = {name.removesuffix("_s"): ms(value) for name, value in row["stages"].items()}
     shown = {name: "-" if row[name] is None else f"{row[name]:g}" for name in ("k", "p")}
+    products = {"products": f"{row['products_share']:.0%}"} if "products_share" in row else {}  # older results have none
     return {"mode": row["mode"], **shown, "batch": str(row["batch"]), "context": f"{row['context_tokens']:,}",
             "positions": f"{row['positions']:,}", **times, **ratios, **stages,
-            "products": f"{row['products_share']:.0%}", "TTIT ms": ms(row["ttit_s"]),
+            **products, "TTIT ms": ms(row["ttit_s"]),
             "tokens/s": "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}",
             "KV MB": f"{row['kv_bytes'] / 2**20:.1f}", "peak MB": f"{row['peak_rss_mb']:,.0f}",
             "/".join(row["kinds"]): "/".join(map(str, row["kinds"].values()))}
