@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import refrag
 from refrag_extras import bench
 from refrag_extras import index as writing
+from refrag_extras.mean_embedder import MeanEmbedder
 
 few = settings(max_examples=40)
 
@@ -526,7 +527,7 @@ def test_the_default_embedder_is_the_library_s_to_the_last_digit(dtype):
     name, texts = next(iter(refrag.BUNDLED)), [text[:n] for n in (40, 15, 90) for text in TEXTS] + ["", LONG * 9]
     ours = refrag.load_embedder(None, refrag.RuntimeConfig(dtype=str(dtype).removeprefix("torch.")))
     theirs = refrag.Embedder(name, SentenceTransformer(refrag.model_path(name), device="cpu"), dtype)
-    assert isinstance(ours.model, refrag.MeanEmbedder) and ours.fingerprint == theirs.fingerprint
+    assert isinstance(ours.model, MeanEmbedder) and ours.fingerprint == theirs.fingerprint
     assert (ours.embed_passages(texts, 8) == theirs.embed_passages(texts, 8)).all()
     assert (ours.embed_query("Who?") == theirs.embed_query("Who?")).all()
     for mine, other in zip(*(one.embed_with_states(texts, 8) for one in (ours, theirs)), strict=True):
