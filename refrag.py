@@ -2989,9 +2989,9 @@ def merge_lora(model: RefragModel, checkpoint: Checkpoint, rank: int) -> None:
                 for name, (rows, columns) in shapes.items() for side in "AB"}
     tensors = checkpoint.tensors("lora", expected)
     for name, module in layers.items():
-        down, up = (tensors[f"{name}.lora_{side}.default.weight"].to(decoder.device).float() for side in "AB")
-        change, weight = LORA_SCALE * (up @ down), module.weight
-        weight.data = (weight + (change.T if isinstance(module, conv) else change)).to(weight.dtype)
+        down, up = (tensors[f"{name}.lora_{side}.default.weight"].to(module.weight) for side in "AB")
+        weight = module.weight.data.T if isinstance(module, conv) else module.weight.data
+        weight.addmm_(up, down, alpha=LORA_SCALE)  # rounded once
     model.config.lora = None
     if "d" not in model.config.training_model:
         model.config.training_model += "d"
