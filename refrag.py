@@ -1621,65 +1621,15 @@ class Embedder:
         return self.unit_length(vectors), states, [np.maximum(row.ends - len(self.prompt), 0) for row in tokens]
 
 
-class MeanEmbedder(nn.ModuleList):
-    """The most common sentence-transformers model, the mean of token states at unit length, without the two seconds
-    that importing the library takes. Names and numbers are the library's."""
-
-    similarity_fn_name = prompts = None
-
-    def __init__(self, path: str):
-        model = AutoModel.from_pretrained(path, dtype=torch.float32, **SAFE)
-        super().__init__([nn.ModuleDict({"model": model})])  # as the library names its weights
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.max_seq_length = json.loads(Path(path, "sentence_bert_config.json").read_text())["max_seq_length"]
-
-    @staticmethod
-    def fits(path: str) -> bool:
-        """Whether a folder holds such a model, and no more than that."""
-        names = "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"
-        try:
-            modules, pooling, more = (json.loads(Path(path, name).read_text(encoding="utf-8")) for name in names)
-        except OSError:
-            return False
-        return ([one["type"].rpartition(".")[2] for one in modules] == ["Transformer", "Pooling", "Normalize"]
-                and {key for key, value in pooling.items() if value is True} == {"pooling_mode_mean_tokens"}
-                and more.keys() == {"__version__"})
-
-    @property
-    def transformers_model(self) -> PreTrainedModel:
-        return self[0]["model"]
-
-    def get_embedding_dimension(self) -> int:
-        return self.transformers_model.config.hidden_size
-
-    @torch.inference_mode()
-    def encode(self, texts: list[str], batch_size: int = 32, output_value: str | None = "sentence_embedding",
-               **_: Any) -> list[Any]:
-        """The vector (dim,) of each text; without an output_value also its token states, as the library gives them."""
-        found: dict[int, dict[str, Tensor]] = {}
-        for batch in batched(np.argsort([-len(text) for text in texts]).tolist(), batch_size):
-            tokens = self.tokenizer([texts[i] for i in batch], padding=True, truncation=True, return_tensors="pt",
-                                    max_length=self.max_seq_length).to(self.transformers_model.device)
-            states = self.transformers_model(**tokens).last_hidden_state  # (B, T, dim)
-            mask = tokens["attention_mask"][..., None].to(states.dtype)
-            means = (states * mask).sum(1, dtype=torch.float32) / mask.sum(1, dtype=torch.float32)
-            vectors = nn.functional.normalize(means.to(states.dtype), dim=1)  # (B, dim)
-            columns = ("sentence_embedding", vectors), ("token_embeddings", states), ("attention_mask", mask[..., 0])
-            found |= {i: {name: column[row] for name, column in columns} for row, i in enumerate(batch)}
-        return [found[i][output_value].float().cpu() if output_value else found[i] for i in range(len(texts))]
-
-    encode_query = encode_document = encode
-
-
 def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
     name, device = name or next(iter(BUNDLED)), pick_device(runtime.device)
     with hub_errors(name):
-        path = model_path(name)
-        if MeanEmbedder.fits(path):
-            model = MeanEmbedder(path).eval().to(device)
+        path, plain = model_path(name), importlib.import_module("refrag_extras.mean_embedder").MeanEmbedder
+        if plain.fits(path):
+            model = plain(path).eval().to(device)
         else:
-            model = importlib.import_module("sentence_transformers").SentenceTransformer(
-                path, device=str(device), model_kwargs=SAFE)
+            library = importlib.import_module("sentence_transformers")  # takes two seconds
+            model = library.SentenceTransformer(path, device=str(device), model_kwargs=SAFE)
         check_tokens(name, model.tokenizer, model.transformers_model)
         return Embedder(name, model, pick_dtype(runtime.dtype, device))
 
@@ -2684,14 +2634,15 @@ VARLEN = torch.__version__ >= (2, 12)  # the first one whose kernel takes groupe
 
 @torch.compiler.disable  # it would be compiled for every length
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    """Attention of one text, (H, T, D), by products of matrices: on CPUs faster than torch's kernel, in bfloat16 two to
-    three times. In blocks of queries, for which what lies ahead is not computed. key, value: (KV, T, D)."""
-    KV, T, D = key.shape
+    """Attention of the last T positions of one text, (H, T, D), by products of matrices: on CPUs faster than torch's
+    kernel, in bfloat16 two to three times. In blocks of queries, for which what lies ahead is not computed. key, value:
+    (KV, K, D), of all positions."""
+    (KV, K, D), T = key.shape, query.shape[1]
     query, blocks = query.reshape(KV, -1, T, D), []  # (KV, G, T, D), the G heads of a group share a product
-    for start in range(0, T, QUERY_BLOCK):
-        part, end = query[:, :, start : start + QUERY_BLOCK], min(start + QUERY_BLOCK, T)
+    for first in range(0, T, QUERY_BLOCK):
+        part, start, end = query[:, :, first : first + QUERY_BLOCK], K - T + first, K - T + min(first + QUERY_BLOCK, T)
         hidden = part.new_full((end - start, end), -math.inf)
-        hidden = (hidden.triu(start + 1) + hidden.tril(start - (window or T))).repeat(query.shape[1], 1)
+        hidden = (hidden.triu(start + 1) + hidden.tril(start - (window or K))).repeat(query.shape[1], 1)
         scores = torch.baddbmm(hidden, part.flatten(1, 2), key[:, :end].mT, alpha=scaling or D**-0.5)
         blocks.append(torch.bmm(scores.softmax(-1), value[:, :end]).view_as(part))  # scores: (KV, G * block, end)
     return torch.cat(blocks, dim=2).flatten(0, 1)
@@ -2700,7 +2651,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
 def attend_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                    cu_seq_lens_q: Tensor | None = None, scaling: float | None = None,
                    **more: Any) -> tuple[Tensor, None]:
-    """Causal attention within each of the n texts of a row. query: (1, H, P, D); key, value: as many heads or fewer.
+    """Causal attention within each of the n texts of a row. query: (1, H, P, D); key, value: as many heads or fewer;
+    of one text on a CPU also of the positions before the query's.
 
     cu_seq_lens_q: (n + 1,), where texts begin and end; without it, what "sdpa" does. Returns (1, P, H, D).
     """
@@ -2718,7 +2670,8 @@ def attend_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
         flash = torch.ops.aten._flash_attention_forward  # the same kernel, which knew no groups of heads before
         return flash(query, key, value, *texts, 0.0, True, False, scale=scaling)[0][None], None
-    texts = zip(*(part[0].split(cu_seq_lens_q.diff().tolist(), dim=1) for part in (query, key, value)), strict=True)
+    lengths, parts = cu_seq_lens_q.diff().tolist(), (query[0], key[0], value[0])
+    texts = zip(*(part.split(lengths, dim=1) for part in parts), strict=True) if len(lengths) > 1 else [parts]
     return torch.cat([causal_attention(*text, scaling, window) for text in texts], dim=1).transpose(0, 1)[None], None
 
 
@@ -2984,9 +2937,9 @@ def merge_lora(model: RefragModel, checkpoint: Checkpoint, rank: int) -> None:
                 for name, (rows, columns) in shapes.items() for side in "AB"}
     tensors = checkpoint.tensors("lora", expected)
     for name, module in layers.items():
-        down, up = (tensors[f"{name}.lora_{side}.default.weight"].to(decoder.device).float() for side in "AB")
-        change, weight = LORA_SCALE * (up @ down), module.weight
-        weight.data = (weight + (change.T if isinstance(module, conv) else change)).to(weight.dtype)
+        down, up = (tensors[f"{name}.lora_{side}.default.weight"].to(module.weight) for side in "AB")
+        weight = module.weight.data.T if isinstance(module, conv) else module.weight.data
+        weight.addmm_(up, down, alpha=LORA_SCALE)  # rounded once
     model.config.lora = None
     if "d" not in model.config.training_model:
         model.config.training_model += "d"
@@ -4675,7 +4628,10 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor],
         if mask is not None:
             cache.batch_repeat_interleave(B)
             mask = nn.functional.pad(mask, (known, 0), value=1)
-    logits, cache = forward_step(decoder, cache, mask, positions.clamp(min=0) + known, inputs_embeds=embeds)
+    by_products = B == 1 and device.type == "cpu" and can_pack(decoder)  # the faster attention there
+    row = row_arguments([T], device) if by_products else {}
+    row.pop("position_ids", None)
+    logits, cache = forward_step(decoder, cache, mask, positions.clamp(min=0) + known, inputs_embeds=embeds, **row)
     return logits, DecoderState(cache, mask, lengths + known)
 
 

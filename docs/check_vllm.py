@@ -80,7 +80,9 @@ def tokens_of(pipeline: refrag.Pipeline, reading: refrag.Reading) -> list[int]:
 
 @torch.inference_mode()
 def margin(here: refrag.Pipeline, reading: refrag.Reading, own: list[int], other: list[int]) -> float | None:
-    """Nats by which the decoder here prefers its own token where two answers part; None if they never do."""
+    """Nats by which the decoder here prefers its own token where two answers part; None if they never do.
+
+    Below zero: read in one go, as here, rather than token by token, it would have written the other's."""
     at = next((i for i, pair in enumerate(zip(own, other, strict=False)) if pair[0] != pair[1]), None)
     if at is None:
         return None
@@ -107,7 +109,7 @@ def compare_answers(here: refrag.Pipeline, there: refrag.Pipeline, questions: li
                            "margin": margin(here, readings[here], *tokens)})
     chosen = [any(c["chosen"] for c in result["citations"]) for result in results[here]]
     margins = [one["margin"] for one in parted]
-    largest = None if None in margins else max(margins, default=0)
+    largest = None if None in margins else max(map(abs, margins), default=0)
     return {"mode": mode, "n": len(questions), "same answers": len(questions) - len(parted),
             "citations chosen": sum(chosen), "largest margin, nats": largest}, parted
 

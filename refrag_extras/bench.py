@@ -371,12 +371,13 @@ def bench_cells(row: dict[str, Any]) -> dict[str, str]:
         ("shorter", "compression"), ("faster", "ttft_ratio"), ("theory", "theoretical_ratio"))}
     stages = {name.removesuffix("_s"): ms(value) for name, value in row["stages"].items()}
     shown = {name: "-" if row[name] is None else f"{row[name]:g}" for name in ("k", "p")}
+    products = {"products": f"{row['products_share']:.0%}"} if "products_share" in row else {}  # not in older results
     return {"mode": row["mode"], **shown, "batch": str(row["batch"]), "context": f"{row['context_tokens']:,}",
             "positions": f"{row['positions']:,}", **times, **ratios, **stages,
-            "products": f"{row['products_share']:.0%}", "TTIT ms": ms(row["ttit_s"]),
+            **products, "TTIT ms": ms(row["ttit_s"]),
             "tokens/s": "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}",
             "KV MB": f"{row['kv_bytes'] / 2**20:.1f}", "peak MB": f"{row['peak_rss_mb']:,.0f}",
-            "/".join(row["kinds"]): "/".join(map(str, row["kinds"].values()))}
+            **({"/".join(row["kinds"]): "/".join(map(str, row["kinds"].values()))} if "kinds" in row else {})}
 
 
 def bench_text(result: dict[str, Any]) -> str:
@@ -384,8 +385,9 @@ def bench_text(result: dict[str, Any]) -> str:
     cells = [bench_cells(row) for row in result["rows"]]
     if all(row["batch"] == 1 for row in result["rows"]):
         cells = [{name: text for name, text in one.items() if name != "batch"} for one in cells]
-    lines = [aligned_table(cells), "", "- products: the share of the prefill that its layers' matrix products take by "
-             "themselves; the rest is attention and what lies between"]
+    lines = [aligned_table(cells), ""]
+    if "products" in cells[0]:
+        lines.append("- products: the share of the prefill that matrix products take by themselves")
     fresh = sorted({row["k"] for row in result["rows"] if row["stored_vectors"] is False})
     if fresh:
         lines.append(f"- vectors that the index does not hold, computed while the clock runs: k = "
@@ -400,7 +402,7 @@ def bench_text(result: dict[str, Any]) -> str:
 class Products(TorchDispatchMode):
     """Counts the matrix products of what runs within it, backward too, by their factors' shape, strides, precision."""
 
-    KINDS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+    KINDS = tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm"))
 
     def __init__(self):
         super().__init__()

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import re
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -138,7 +137,8 @@ class Toolbox:
     def __init__(self, index: refrag.IndexConfig, search: refrag.SearchConfig, pack: refrag.PackConfig,
                  generate: refrag.GenerateConfig, models: refrag.ReaderConfig, runtime: refrag.RuntimeConfig,
                  names: Sequence[str] = tuple(TOOLS)):
-        self.configs, self.names, self.runtime = (index, search, pack, generate, models, runtime), names, runtime
+        self.configs, self.runtime = (index, search, pack, generate, models, runtime), runtime
+        self.names = tuple(dict.fromkeys(names))
         self.usual = vars(search) | vars(pack) | vars(generate)
         self.searcher: refrag.Searcher | None = None
         self.pipeline: refrag.Pipeline | None = None
@@ -188,7 +188,7 @@ class Toolbox:
         except Exception as error:
             code, message = refrag.classify(error)
             if code == 1:
-                refrag.say(f"error: {message}", file=sys.stderr)
+                refrag.report(error, self.runtime)
             message = re.sub(rf"--({'|'.join(refrag.config_fields([tool]))})\b", r"\1", message)
             return CallToolResult(content=[TextContent(text=message)], is_error=True,
                                   structured_content={"error": {"code": code, "message": message}})
@@ -224,9 +224,9 @@ class Toolbox:
     async def serve(self) -> None:
         """Until standard input ends. What a call needs is loaded meanwhile: clients wait only so long for the first
         reply. Whatever prints to standard output, the protocol's package sends to standard error."""
-        self.thread.submit(self.load_or_leave)
         server = self.server()
         async with stdio_server() as (received, sent):
+            self.thread.submit(self.load_or_leave)
             await server.run(received, sent, server.create_initialization_options())
 
 

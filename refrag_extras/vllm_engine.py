@@ -72,17 +72,11 @@ def load_model(models: refrag.ModelConfig, pack: refrag.PackConfig,
 
 def first_part(config: refrag.RefragConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The decoder without its head, and with no more layers than the encoder is cut from. The others are not read."""
-    name = config.decoder_name_or_path
-    verbosity = refrag.transformers.logging.get_verbosity()
-    refrag.transformers.logging.set_verbosity_error()  # or each tensor that is left out would be named
-    try:
-        with refrag.hub_errors(name):
-            folder = refrag.model_folder(name)
-            shape = refrag.AutoConfig.from_pretrained(folder)
-            refrag.cut_config(shape, refrag.encoder_layers(config.encoder_name_or_path) or 0)
-            return AutoModel.from_pretrained(folder, config=shape, dtype=dtype, **refrag.SAFE).to(device).eval()
-    finally:
-        refrag.transformers.logging.set_verbosity(verbosity)
+    with refrag.hub_errors(config.decoder_name_or_path):
+        folder = refrag.model_folder(config.decoder_name_or_path)
+        shape = refrag.AutoConfig.from_pretrained(folder)
+        refrag.cut_config(shape, refrag.encoder_layers(config.encoder_name_or_path) or 0)
+        return AutoModel.from_pretrained(folder, config=shape, dtype=dtype, **refrag.SAFE).to(device).eval()
 
 
 def make_stepper(decoder: Embeddings, engine: str) -> Server:

@@ -72,12 +72,6 @@ def test_pieces_join_to_the_decoded_text(loaded, kind, text):
         assert found == (end if end <= following else -1)  # never inside a character
 
 
-def test_a_character_of_several_tokens_ends_with_its_last(loaded):
-    """The face is four byte tokens; only after the fourth is there text, and only there may a cut stand."""
-    tokens = refrag.tokenize_pieces("x🙂z", loaded["bpe"])
-    assert (tokens.pieces, tokens.ends) == (["x", "", "", "", "🙂", "z"], [1, -1, -1, -1, 2, 3])
-
-
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 @given(text=wild | st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join))
 @settings(max_examples=25)

@@ -79,16 +79,6 @@ def read_late(row: dict) -> int:
     return (row["positions"] - row["kinds"]["prefix"]) * row["batch"]
 
 
-def test_answers_made_together_share_the_prefill_alone_and_the_theoretical_ratio():
-    """A quarter of the tokens as text and a sixteenth of the rest: 1 / (.25 + .75 / 16) = 1 / .296875."""
-    assert [bench.theoretical_ratio(16, p) for p in (0.25, 0.0, 1.0)] == pytest.approx([1 / 0.296875, 16, 1])
-    one = metrics(stages={"retrieve_s": 0.25, "prefill_s": 2.0})
-    assert bench.metrics_together([one]) is one
-    both = bench.metrics_together([one, one])
-    assert both["stages"] == {"retrieve_s": 0.5, "prefill_s": 2.0}
-    assert (both["ttft_s"], both["ttit_s"], both["tokens_per_s"], both["kv_bytes"]) == (2.5, 0.5, 4.0, 1280)
-
-
 def test_a_ratio_is_the_median_of_the_rounds_ratios():
     """Ratios 5, 2 and 9 by round; the ratio of the medians would be 20 / 10 = 2. Without full context there is none."""
     full, ours = trial("full", [10.0, 20.0, 90.0]), trial("refrag", [2.0, 10.0, 10.0], k=16, p=0.0)
@@ -100,6 +90,7 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios():
     assert (row["ttit_s"], row["ttit_ratio"], row["theoretical_ratio"]) == (2.5, 5.0, 16)
     assert row["stages"] == dict.fromkeys(row["stages"], 0.125) | {"prefill_s": 0.2}  # medians by themselves
     assert row["products_share"] == 1  # .1 s of the shortest prefill, .1
+    assert bench.theoretical_ratio(16, 0.25) == pytest.approx(1 / (0.25 + 0.75 / 16))
     assert bench.bench_row(full, full)["ttft_ratio"] == 1.0
     assert bench.bench_row(trial("full", [1.0, 2.0, 4.0, 9.0]), None)["ttft_s"] == 3.0
     row = bench.bench_row(ours, None)
@@ -271,27 +262,6 @@ def test_the_folder_holds_result_report_and_pictures(run_bench, tmp_path, clock,
     _, _, *table = [line.split("|")[1:] for line in report.splitlines() if line.startswith("|")]
     for cells, row in zip(table, result["rows"], strict=True):
         assert cells[0].strip() == row["mode"] and f"{1000 * row['ttft_s']:,.1f} (" in cells[5]
-
-
-def test_the_curves_of_the_pictures_are_the_rows(run_bench, clock):
-    """Medians against context tokens, and full context's over k and k squared."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    result, _ = run_bench("--contexts", "60,120", "--repeats", 1)
-    figure, (left, right) = pyplot.subplots(1, 2)
-    bench.paint_ttft(left, result["rows"])
-    bench.paint_ratio(right, result["rows"])
-    times, ratios = ([list(line.get_ydata()) for line in axes.lines] for axes in (left, right))
-    full = [row["ttft_s"] for row in rows_of(result, "full")]
-    for k in (4, 8):
-        rows = rows_of(result, "refrag", k=k)
-        assert [row["ttft_s"] for row in rows] in times and [row["ttft_ratio"] for row in rows] in ratios
-        assert [s / k for s in full] in times and [s / k**2 for s in full] in times
-    assert (left.get_xscale(), left.get_yscale()) == ("log", "log")
-    pyplot.close(figure)
 
 
 def test_without_full_context_or_matplotlib_the_older_pictures_go(run_bench, tmp_path, monkeypatch):

@@ -55,13 +55,6 @@ def test_an_option_has_one_line_of_help_and_a_default_of_its_type_that_passes(cl
     assert all(type(v) in kinds for v in (f.default if several(f) else (f.default,)))
 
 
-def test_like_repeats_help_checks_and_default_unless_another_is_given():
-    k, floor = (refrag.EvalConfig.__dataclass_fields__[name] for name in ("gate", "floor"))
-    theirs = refrag.PackConfig.__dataclass_fields__
-    assert (k.default, k.metadata) == (theirs["gate"].default, theirs["gate"].metadata)
-    assert floor.default == 0 != theirs["floor"].default and floor.metadata == theirs["floor"].metadata
-
-
 def refused(cls: type, **values: object) -> str:
     """The message with which values are refused, one line that names the flag of the first."""
     with pytest.raises(refrag.UserError) as caught:

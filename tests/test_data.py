@@ -483,12 +483,6 @@ def test_a_part_of_a_folder_is_read_once_in_any_order_and_keeps_its_ids(write, t
     assert sorted(read("docs", sources=inner.sources).ids) == ["docs/a.txt", "sub/b.md"]
 
 
-def test_markdown_is_one_document_also_by_itself(write):
-    [got] = read(write("plan.v2.md", "# Plan\n\n- paint\n")).records
-    assert got[:3] == ("plan.v2.md", "Plan", "# Plan\n\n- paint\n")
-    assert read(write("plan.v2.md", "## Plan\n")).records[0].title == "plan.v2"  # no heading of the whole
-
-
 def test_a_file_that_is_no_text_is_refused_whatever_its_name(write):
     for head, errors in itertools.product((b"%PDF-1.7\n", b"PK\x03\x04", b"\x89PNG\r\n", b"\xff\xd8\xff\xe0"),
                                           ("strict", "replace")):

@@ -226,9 +226,6 @@ def test_the_facts_of_a_piece_are_those_of_its_first_and_last_character():
     assert json.loads(index.piece_facts(record, 6, 9)) == {"heading": "A"}
     assert [index.trimmed("a\n\n b \n", *span) for span in ((1, 7), (0, 4), (3, 5))] == [(4, 5), (0, 1), (4, 5)]
     assert len(range(*index.trimmed(" \n ", 0, 3))) == 0
-    records = [refrag.Record(str(n), "", "x" * n, "", {}) for n in (3, 3, 9, 1, 1)]  # long ones are cut one by one
-    assert [[len(r.text) for r in block] for block in index.in_blocks(records, 5)] == [[3, 3], [9], [1, 1]]
-    assert [len(block) for block in index.in_blocks(records * 100)] == [256, 244]
 
 
 @pytest.mark.parametrize(("identifier", "metadata", "source"), [
@@ -313,6 +310,10 @@ def test_an_index_follows_its_documents_and_cites_them_by_page(write, done, run,
     [page] = done("search", *ask, "--question", "bridges", "--where", "page = 1")["passages"]
     assert page["text"].startswith(words[0]) and page["metadata"]["path"] == "docs/hand.pdf"
     assert "docs/guide.md, section Rivers" in run("search", *ask, "--question", "Rhone")[1]
+    answer = ["generate", *ask, "--question", "Which page tells of 78 bridges?", "--dec", llama, "--max_new", 8]
+    assert re.search(r"\[1\] Handbook \(docs/hand\.pdf, page(s \d-6| 6)\), ", run(*answer)[1])
+    [citation] = done(*answer)["citations"]
+    assert (citation["source"], citation["metadata"]["path"]) == (found["source"], "docs/hand.pdf")
     before = json.loads((folder / "manifest.json").read_text())
     sync = ["index", "--sync", "--corpus", path.parent, "--index_dir", folder, "--dec", llama]
     assert done(*sync)["computed"] == 0 and json.loads((folder / "manifest.json").read_text()) == before
@@ -320,14 +321,3 @@ def test_an_index_follows_its_documents_and_cites_them_by_page(write, done, run,
     done(*sync)
     texts = refrag.open_index(folder).passages["text"].to_pylist()
     assert "Page 2 tells" in "".join(texts) and "Page 3" not in "".join(texts)
-
-
-def test_an_answer_cites_page_and_section(write, run, tmp_path, llama):
-    folder = tmp_path / "index"
-    path = write("hand.pdf", pdf(BELLS, title="Handbook"))
-    run("index", "--corpus", path, "--index_dir", folder, "--retriever", "bm25", "--dec", llama)
-    ask = ["generate", "--index_dir", folder, "--question", "Who casts bells?", "--dec", llama, "--max_new", 8]
-    code, out, err = run(*ask)
-    assert code == 0 and "[1] Handbook (hand.pdf, page 1), " in out, err
-    [citation] = json.loads(run(*ask, "--json")[1])["citations"]
-    assert (citation["source"], citation["metadata"]["page"]) == ("hand.pdf, page 1", 1)

@@ -199,14 +199,6 @@ def test_files_without_ids_are_followed(tmp_path, write, build):
         "path": "b/d.md", "modified": "1970-01-01T00:00:00", "heading": "A river"}
 
 
-def test_metadata_is_found_with_its_passage(tmp_path, build, run):
-    more, place = {"year": 1990, "tags": ["\u00e4", None]}, {"path": "rows.jsonl"}
-    build("i", [{"id": "a", "text": "A river.", **more}, {"id": "b", "text": "River"}], *WORDS)
-    for form in (("--format", "json"), ("--json",)):
-        out = run("search", "--index_dir", tmp_path / "i", "--question", "river", *form)[1]
-        assert {p["id"]: p["metadata"] for p in json.loads(out)["passages"]} == {"a": place | more, "b": place}
-
-
 FIELDS = [{"id": str(i), "text": f"River {i} floods field {i * 7} of {i * i}."} for i in range(700)]
 
 
@@ -294,11 +286,6 @@ def test_columns_are_mapped_and_read_only(index_dir):
     assert pa.total_allocated_bytes() == before
     with pytest.raises(ValueError, match="read-only"):
         index.vectors[0] = 1
-    assert {field.name: str(field.type.value_type) for field in index.chunks.schema} == {
-        "ends": "uint32", "sizes": "uint16", "gate": "int8", "gate_scales": "float", "states": "halffloat"}
-    names = {p.relative_to(index_dir).as_posix() for p in index_dir.rglob("*") if p.is_file() and p.suffix != ".json"}
-    assert {name for name in names if not name.endswith(".npy")} - {".lock"} == {
-        f"gen-1/{name}" for name in ("passages.arrow", "chunks.arrow", "vectors")}
     assert all(np.load(p, allow_pickle=False).dtype != object for p in index_dir.rglob("*.npy"))
 
 

@@ -144,6 +144,7 @@ def test_a_cancelled_call_ends_at_the_next_token(box, monkeypatch):
         async with Client(box.server(), mode="legacy") as client:
             calls = [asyncio.ensure_future(client.call_tool(*call)) for _ in range(3)]
             await asyncio.to_thread(begun.wait)
+            assert (await client.list_tools()).tools and not made, "nobody else has to wait"
             for given_up in calls[:2]:
                 given_up.cancel()
             return await calls[2]

@@ -86,21 +86,6 @@ def test_a_projector_without_the_residual_starts_at_random(whole):
     assert whole.projector.scale.item() == pytest.approx(np.sqrt((matrix**2).mean()), rel=1e-5)
 
 
-def test_a_plan_of_vectors_is_the_mean_of_their_tokens_embeddings(whole):
-    """With an untrained projector, whatever the encoder's states are."""
-    tokenizer, matrix = whole.encoder.tokenizer, whole.decoder.get_input_embeddings().weight.detach()
-    prompt = refrag.make_context(tokenizer, "?", refrag.make_docs(CONTENTS[:3:2], [None] * 2, 4, tokenizer)).prompt
-    plan = torch.as_tensor(refrag.mixed_plan(prompt, np.arange(len(prompt.chunks)) % 3 == 0))
-    ids = [torch.as_tensor(prompt.input_ids[c.first : c.last]) for c in prompt.chunks]
-    sizes, states = torch.tensor([len(part) for part in ids]), torch.randn(len(ids), 32)
-    with torch.inference_mode():
-        inputs, *_ = whole.embed(plan, torch.cat(ids), sizes, states)
-    means = [matrix[part].mean(0) for part in ids]
-    expected = torch.stack([matrix[value] if value >= 0 else means[-value - 1] for value in plan.tolist()])
-    torch.testing.assert_close(inputs, expected, atol=1e-5, rtol=0)
-    assert torch.equal(inputs[plan >= 0], matrix[plan[plan >= 0]]) and (plan < 0).any()
-
-
 # -- the chunk encoder ------------------------------------------------------------------
 
 def assert_close(a, b):
@@ -251,24 +236,6 @@ def test_a_content_is_the_texts_tokens_and_chunks(encoder, k):
             assert [owner.tolist() for _, owner in content.rows] == first
 
 
-def test_collate_golden():
-    """Three chunks in all for the first two sequences, none for the third. Chunks are numbered through: 0 of the first,
-    1 and 2 of the second; -1 is for encoder tokens of none. The first two sequences have three positions: 7 and 8 are
-    asked at places 1 and 2, 3 and 4 at the start of the second, which is place 3 of all, 5 at the last place."""
-    def content(chunks, *rows):
-        return refrag.Content([np.asarray(chunk) for chunk in chunks], [tuple(map(np.asarray, row)) for row in rows])
-
-    batch = refrag.collate([refrag.TrainingSequence(np.array(plan), np.array(labels), content(*parts))
-                            for plan, labels, *parts in (
-        ([1, -1, 7], [-1, 7, 8], [[5, 6]], ([5, 6], [0, 0])),
-        ([2, -2, -1], [3, 4, -1], [[9], [10, 11]], ([9, 10, 11], [0, 1, -1])), ([3, 4], [-1, 5], []))])
-    assert {name: value if "lengths" in name else value.tolist() for name, value in batch._asdict().items()} == {
-        "encoder_ids": [5, 6, 9, 10, 11], "encoder_lengths": [2, 3], "owners": [0, 0, 1, 2, -1],
-        "chunk_ids": [5, 6, 9, 10, 11], "sizes": [2, 1, 2], "plan": [1, -1, 7, 2, -3, -2, 3, 4],
-        "lengths": [3, 3, 2], "asked": [1, 2, 3, 4, 7], "labels": [7, 8, 3, 4, 5]}
-    assert all(a is b or torch.equal(a, b) for a, b in zip(batch, batch.to(CPU), strict=True))
-
-
 QUESTIONS = [("The Rhone leaves Lake Geneva.", [40, 41, 42]), ("Bronze melts at 950 degrees in 长江", [50]),
              (" ".join(f"word{i}" for i in range(250)), [60, 61, 62, 63, 64])]  # the last is longer than the window
 
@@ -324,26 +291,6 @@ def test_forward_with_each_decoder(any_decoder):
 
 def test_forward_with_each_encoder(model):
     check_forward(model)
-
-
-@torch.no_grad()
-def test_forward_of_tokens_alone_does_not_run_the_encoder(whole, monkeypatch):
-    monkeypatch.setattr(whole.encoder, "forward", None)
-    ids = torch.tensor([[3, 4, 5, 6, 7]])
-    sequence = refrag.TrainingSequence(ids[0].numpy(), np.array([-1, 5, -1, -1, 9]), refrag.Content([], []))
-    output = whole(refrag.collate([sequence]))
-    torch.testing.assert_close(output.logits, whole.decoder(input_ids=ids).logits[0, [1, 4]])
-    assert output.vectors.shape == output.means.shape == (0, 32)
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_only_an_encoder_that_is_trained_keeps_a_graph(model, trained):
-    model.requires_grad_(False)
-    model.encoder.requires_grad_(trained)
-    states = []
-    model.projector.register_forward_pre_hook(lambda _, args: states.append(args[0]))
-    model(refrag.collate(sequences_for(model)))
-    assert [state.requires_grad for state in states] == [trained]
 
 
 TINY = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16, "pad_token_id": 0,

@@ -1,4 +1,4 @@
-"""Section 3: timers, whole files and folders, locks, and manifests."""
+"""Section 3: timers, whole files and folders, memory, devices, and notices."""
 
 import itertools
 import os
@@ -34,27 +34,6 @@ def test_a_folder_that_was_moved_aside_comes_back_or_goes_with_the_next_writing(
     with refrag.new_folder(tmp_path / name):
         pass
     assert os.listdir(tmp_path) == [name]
-
-
-@pytest.fixture
-def manifest(tmp_path) -> Path:
-    """The manifest, beside its folder, of a folder of one file."""
-    (tmp_path / "gen-1").mkdir()
-    (tmp_path / "gen-1" / "vectors").write_bytes(b"abc")
-    refrag.write_manifest(tmp_path / "manifest.json", tmp_path / "gen-1", {"generation": "gen-1"})
-    return tmp_path / "manifest.json"
-
-
-def test_many_bytes_are_read_only_where_all_are_to_be(manifest, monkeypatch):
-    monkeypatch.setattr(refrag, "READ_ALWAYS", 1)
-    entries = refrag.read_manifest(manifest)["files"]
-    (manifest.parent / "gen-1" / "vectors").write_bytes(b"abd")
-    refrag.verify_files(manifest.parent, entries)
-    with pytest.raises(refrag.CorruptError, match="checksum"):
-        refrag.verify_files(manifest.parent, entries, read_all=True)
-    (manifest.parent / "gen-1" / "vectors").write_bytes(b"ab")
-    with pytest.raises(refrag.CorruptError, match="wrong size"):
-        refrag.verify_files(manifest.parent, entries)
 
 
 def test_a_stopwatch_waits_for_the_device_and_adds_up_seconds_by_stage(monkeypatch):

@@ -604,19 +604,24 @@ class TestPage:
         page.keyboard.press("Enter")
 
     def test_an_answer_streams_and_its_citation_leads_to_the_passage(self, page, server):
+        """By keyboard alone, on a phone."""
+        page.set_viewport_size({"width": 360, "height": 700})
         page.evaluate("""() => { window.seen = new Set(); new MutationObserver(() => {
             const text = document.querySelector('.busy .text'); if (text) seen.add(text.textContent); }).observe(
             document.getElementById('answers'), {subtree: true, childList: true, characterData: true}); }""")
-        self.ask(page)
+        page.keyboard.type("Where do smiths cast bells?")  # the question has the focus
+        page.keyboard.press("Enter")
         page.wait_for_selector(".cite")
         assert page.evaluate("seen.size") > 2, "it came in one piece"
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
         assert "positions of full context" in page.inner_text("article .cost")
         passages = server.ask().json()["refrag"]["passages"]
         shown = [box.text_content() for box in page.locator("#passages details .passage").all()]
         assert shown == [refrag.passage_content(p["title"], p["text"]) for p in passages]  # to the last character
         opened, all_chunks = page.locator(".chunk.opened").count(), page.locator(".chunk").count()
         assert 0 < opened < all_chunks
-        page.click(".cite")
+        page.focus(".cite")
+        page.keyboard.press("Enter")
         found = page.locator("details.found")
         assert found.count() == 1 and found.get_attribute("open") is not None
         assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
@@ -636,23 +641,17 @@ class TestPage:
         page.click("#fresh")
         assert page.inner_text("#answers") == "" and not page.is_visible("#fresh")
 
-    def test_a_filter_and_where_a_citation_comes_from(self, page):
+    def test_a_filter_and_a_link_that_asks_again_with_the_settings(self, page, browser):
+        page.fill("#topk", "1")
         page.fill("#where", "year = 1990")
         self.ask(page)
         page.wait_for_selector("text=refrag.where: no passage has a field 'year'")
         page.fill("#where", "id = f")
-        self.ask(page)
-        page.wait_for_selector(".cites div")
-        assert re.match(r"\[1\] Title 5, .+: (read as text|partly read as text|compressed)$", page.inner_text(".cites"))
-        assert page.locator("#passages details").count() == 1
-        assert "path: corpus.jsonl" in page.locator("#passages details").text_content()
-
-    def test_a_link_asks_again_with_the_settings(self, page, browser):
-        page.fill("#topk", "1")
-        page.fill("#where", "id = f")
         page.select_option("#mode", "full")
         self.ask(page)
         page.wait_for_selector("article a")
+        assert re.match(r"\[1\] Title 5, .+: (read as text|partly read as text|compressed)$", page.inner_text(".cites"))
+        assert "path: corpus.jsonl" in page.locator("#passages details").text_content()
         answer, again = page.inner_text("article .text"), browser.new_page()
         again.goto(page.evaluate("document.querySelector('article a').href"))
         again.wait_for_selector("article a")
@@ -694,17 +693,6 @@ class TestPage:
         self.ask(page)
         page.wait_for_selector(".cite")
         page.close()
-
-    def test_by_keyboard_alone_on_a_phone(self, page):
-        page.set_viewport_size({"width": 360, "height": 700})
-        page.keyboard.type("Where do smiths cast bells?")  # the question has the focus
-        page.keyboard.press("Enter")
-        page.wait_for_selector(".cite")
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        page.focus(".cite")
-        page.keyboard.press("Enter")
-        assert page.locator("details.found").count() == 1
-
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_readme_s_curl_lines_work(server):
