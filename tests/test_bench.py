@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import refrag
-from refrag_extras import bench, evaluate
+from refrag_extras import bench, evaluate, runs
 
 QUESTION = "Where do smiths cast bells?"
 
@@ -241,7 +241,7 @@ def test_the_result_has_the_promised_names(run_bench, index_dir):
     assert all({"mode", "context", "k", "p", "batch", "positions", "ttft_s", "ttit_s", "tokens_per_s", "peak_rss_mb",
                 "kv_bytes"} <= set(row) for row in result["rows"])
     assert result["device"]["device"] == "cpu" and result["command"] == sys.argv
-    assert result["versions"] == refrag.library_versions()
+    assert result["versions"] == runs.library_versions()
     assert result["settings"].items() >= {"contexts": [60, 120], "new": 3, "gate": "blend", "compressed": "feed",
                                           "index_dir": str(index_dir)}.items()
     assert all(row["peak_rss_mb"] > 0 and row["peak_device_mb"] is None for row in result["rows"])
