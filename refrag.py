@@ -38,7 +38,7 @@ Contents:
     9. Gate             which chunks stay text, under an exact budget
     10. Training        lessons, curriculum, mixtures, the loop, resume
     11. Generation      prefill, decode, citations, TTFT and TTIT
-    12. Commands        a thin handler for each
+    12. Commands        the way in and out; each command is a file in refrag_extras/
 
 Beside it, in refrag_extras/: what stands around the method, one file for each command or engine.
 
@@ -55,7 +55,6 @@ import collections
 import contextlib
 import copy
 import csv
-import ctypes
 import dataclasses
 import difflib
 import errno
@@ -952,39 +951,6 @@ def peak_rss_mb() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def describe_device(runtime: RuntimeConfig) -> dict[str, Any]:
-    device = pick_device(runtime.device)
-    facts = {"device": str(device), "dtype": str(pick_dtype(runtime.dtype, device)).removeprefix("torch."),
-             "cpu_threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts |= {"name": properties.name, "memory_mb": properties.total_memory // 2**20}
-    return facts
-
-
-def library_versions() -> dict[str, str]:
-    modules = (torch, transformers, faiss, np, bm25s)
-    return {"refrag": __version__, "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}}
-
-
-def process_group() -> Any:
-    from accelerate import PartialState
-
-    return PartialState(cpu=not torch.cuda.is_available())  # or it would not join them over gloo
-
-
-def glibc(function: str, *args: int) -> None:
-    """Call one of glibc's memory functions; malloc_trim gives back what is free. Does nothing elsewhere."""
-    if sys.platform == "linux":
-        getattr(ctypes.CDLL(None), function, lambda *_: None)(*args)
-
-
-def keep_memory() -> None:
-    """Let glibc keep what a training step frees, since the next wants the same sizes: 1.16 times as fast."""
-    glibc("mallopt", -4, 0)  # M_MMAP_MAX: else every large tensor is mapped again, and each page of it is a fault
-    glibc("mallopt", -1, -1)  # M_TRIM_THRESHOLD: never
-
-
 def sha256_file(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -1045,24 +1011,6 @@ def new_folder(final: Path) -> Iterator[Path]:
         fsync_path(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict[str, Any]]:
-    """Results of a JSON lines file to resume; a last line that a kill left unfinished goes. Raises RefragError."""
-    data, found = path.read_bytes(), []
-    intact = data[: data.rfind(b"\n") + 1]
-    for number, line in enumerate(intact.splitlines(), start=1):
-        try:
-            found.append(json.loads(line))
-            before, _ = found[-1]["settings"], found[-1]["id"]
-            changed = [f"--{key} ({before.get(key)}, now {settings[key]})" for key in settings
-                       if before.get(key) != settings[key]]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CorruptError(f"{path}:{number}: not a result of this command: name another {flag}") from None
-        if changed:
-            raise MismatchError(f"{path} was made with another {', '.join(changed)}: name another {flag}")
-    os.truncate(path, len(intact))
-    return found
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
@@ -2989,9 +2937,9 @@ def merge_lora(model: RefragModel, checkpoint: Checkpoint, rank: int) -> None:
                 for name, (rows, columns) in shapes.items() for side in "AB"}
     tensors = checkpoint.tensors("lora", expected)
     for name, module in layers.items():
-        down, up = (tensors[f"{name}.lora_{side}.default.weight"].to(decoder.device).float() for side in "AB")
-        change, weight = LORA_SCALE * (up @ down), module.weight
-        weight.data = (weight + (change.T if isinstance(module, conv) else change)).to(weight.dtype)
+        down, up = (tensors[f"{name}.lora_{side}.default.weight"].to(module.weight) for side in "AB")
+        weight = module.weight.data.T if isinstance(module, conv) else module.weight.data
+        weight.addmm_(up, down, alpha=LORA_SCALE)  # rounded once
     model.config.lora = None
     if "d" not in model.config.training_model:
         model.config.training_model += "d"
@@ -3725,15 +3673,6 @@ def curriculum_weights(progress: float, tasks: int, kind: str) -> np.ndarray:
     return shares / shares.sum()
 
 
-def file_facts(paths: Sequence[str]) -> list[dict[str, Any]]:
-    return [{"file": name, "bytes": Path(name).stat().st_size, "sha256": sha256_file(Path(name))} for name in paths]
-
-
-def without_folders(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`file_facts` without local paths, for checkpoints, which are shared."""
-    return [fact | {"file": Path(fact["file"]).name} for fact in facts]
-
-
 # -- training texts -----------------------------------------------------------------
 
 TOKENS = {"tokens": pa.list_(pa.int32()), "cuts": pa.list_(pa.bool_()),  # cuts: whether one may be made before each
@@ -4143,37 +4082,6 @@ class Kind(NamedTuple):
     exam: dict[str, list[Item]]
 
 
-def text_kinds(names: Sequence[str], given: dict[type, Any], encoder: ChunkEncoder) -> dict[str, Kind]:
-    """Lessons over texts. given: options by class. Raises UserError if every text is too short."""
-    train, after, answers, mix = (given.get(cls) for cls in (TrainConfig, NextConfig, AnswersConfig, MixConfig))
-    files, ks, size = mix or given[TextConfig], sorted(set(train.k)), mix.text_tokens if mix else train.seq_tokens
-    least = min(ks) + (list(names) != ["recon"])  # the others ask for a token beyond the first chunk
-    flag = "--text_tokens" if mix else "--seq_tokens"
-    require(size >= least, f"{flag} {size} leaves nothing beyond one chunk of --k {min(ks)}: give {least} or more")
-    makers = {"recon": functools.partial(recon, curriculum=given[ReconConfig].curriculum),
-              "next": functools.partial(following, recon_frac=after.recon_frac, expand_frac=after.expand_frac),
-              "cloze": functools.partial(cloze, p=answers.p, topk=given[SearchConfig].topk,
-                                         seq_tokens=train.seq_tokens),
-              "align": align}
-    sources = []
-    for paths in filter(None, (files.train_json, files.eval_json)):
-        sources.append(texts := Texts(paths, encoder.tokenizer, size, least))
-        require(len(texts) > 0, f"{', '.join(paths)}: every text is shorter than {least} tokens, which --k {min(ks)} "
-                "needs: give longer texts or a smaller --k")
-        if short := len(texts.table) - len(np.unique(texts.windows[:, 0])):
-            notice(f"{short:,} texts of fewer than {least} tokens are left out")
-    kinds = {}
-    for name in names:
-        make, exam = functools.partial(makers[name], encoder=encoder), {}
-        for held_out in sources[1:]:
-            numbers = sample_evenly(range(len(held_out)), train.eval_limit)
-            exam = recon_exam(held_out, numbers, ks, encoder) if name == "recon" else {
-                f"k{k}": [make(held_out, number, k, np.random.default_rng([0, i]), 1.0)
-                          for i, number in enumerate(numbers)] for k in ks}
-        kinds[name] = Kind(len(sources[0]), functools.partial(make, sources[0]), exam)
-    return kinds
-
-
 def blended(start: dict[str, float], end: dict[str, float], progress: float) -> dict[str, float]:
     """The share of each kind at a point of the run, from `start` to `end` in a straight line. progress: range [0, 1).
 
@@ -4296,13 +4204,6 @@ def share_out(items: list[Item], processes: int, positions: int) -> list[list[It
 
 
 # -- the loop -------------------------------------------------------------------
-
-
-def with_defaults(phase: str, train: TrainConfig) -> TrainConfig:
-    letters, lr = train.train or PHASES[phase].train, train.lr or (LORA_LR if train.lora_r else PHASES[phase].lr)
-    require(not train.lora_r or "d" in letters, f"--lora_r needs the decoder in --train, got {letters}")
-    return dataclasses.replace(train, train=letters, lr=lr, projector_lr=train.projector_lr or lr,
-                               encoder_lr=train.encoder_lr or lr)
 
 
 def learning_rate_factor(step: float, steps: float, warmup: float) -> float:
@@ -4657,144 +4558,6 @@ class RunLog:
         self.records.append(record)
         if self.writes:
             append_line(self.path, record)
-
-
-# -- runs -----------------------------------------------------------------------
-
-RUN_FILES = re.compile(r"run\.json|metrics\.jsonl|loss\.png|\.lock|step-\d+|\..*\.(tmp|old)")
-FREE_TO_CHANGE = {"out_dir", "resume", "log_every", "save_every", "eval_every", "threads", "quiet", "json", "debug",
-                  "config", "offline", "torch_compile", "activation_checkpointing", "workers", "seconds"}
-
-
-def make_accelerator(runtime: RuntimeConfig) -> Any:
-    """accelerate's process group and precision: bfloat16 by autocast; trained weights stay float32."""
-    import accelerate
-
-    device = pick_device(runtime.device)
-    mixed = "bf16" if pick_dtype(runtime.dtype, device) == torch.bfloat16 else "no"
-    accelerate.state.AcceleratorState._reset_state()  # it would keep the precision of an earlier run in this process
-    unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may have no vector at all
-    return accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, kwargs_handlers=[unused])
-
-
-def run_settings(configs: Sequence[Any], **more: Any) -> dict[str, Any]:
-    """Every option of a run by name, as JSON gives it back."""
-    options = {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
-    return json.loads(json.dumps(more | options))
-
-
-def data_facts(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    flags = "train_json", "rag_json", "eval_json", "eval_rag_json"
-    named = [settings.get(flag) or [] for flag in flags]  # those of questions are one name each
-    facts = file_facts([name for names in named for name in ([names] if isinstance(names, str) else names)])
-    if settings.get("rag_json"):
-        digest = index_manifest(settings["index_dir"])["digest"]
-        facts.append({"file": str(Path(settings["index_dir"])), "sha256": digest})
-    return facts
-
-
-@contextlib.contextmanager
-def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Iterator[None]:
-    """Lock a run's folder; remove it again if the run never started (has no file `first`). files: the names it may
-    hold. Raises UserError, LockedError."""
-    require(not folder.exists() or folder.is_dir(), f"--out_dir {folder} is a file: name a folder")
-    foreign = [p.name for p in folder.iterdir() if not files.fullmatch(p.name)] if folder.exists() else []
-    require(not foreign, f"--out_dir {folder} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
-    if not writes:
-        yield
-        return
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder / ".lock", f"run {folder}"):
-        for left in folder.glob(".*.tmp"):  # a checkpoint or a picture that a kill left unfinished
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-        try:
-            yield
-        finally:
-            if made and not (folder / first).is_file():
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def run_identity(facts: dict[str, Any]) -> dict[str, Any]:
-    """What must stay the same for a run to continue. facts: of run.json."""
-    settings = {f"--{name}": value for name, value in facts["settings"].items() if name not in FREE_TO_CHANGE}
-    data = {fact["file"]: f"sha256 {fact['sha256'][:12]}" for fact in facts["data"]}
-    return settings | {"processes": facts["processes"]} | data
-
-
-def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
-    """The checkpoint to continue from, None for a new run."""
-    path = folder / "run.json"
-    if not step_folders(folder):  # no checkpoint yet, so nothing can be overwritten
-        return None
-    if not path.is_file():
-        raise CorruptError(f"{path} is missing, but there are checkpoints: name another --out_dir")
-    require(resume, f"--out_dir {folder} holds a run: add --resume to continue it, or name another folder")
-    try:
-        before = run_identity(json.loads(path.read_bytes()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CorruptError(f"{path} is damaged: name another --out_dir") from None
-    changed = [f"{name} was {before.get(name)}, now {value}" for name, value in run_identity(facts).items()
-               if before.get(name) != value]
-    if changed:
-        raise MismatchError(f"--resume: {', '.join(changed)}: use the same, or name another --out_dir")
-    return open_checkpoint(folder).path
-
-
-def lesson_kinds(names: Sequence[str], given: dict[type, Any], model: RefragModel) -> dict[str, Kind]:
-    """The lessons of some kinds. given: options by class. Raises RefragError."""
-    mix, answers, search = given.get(MixConfig), given[AnswersConfig], given[SearchConfig]
-    textual, kinds = [name for name in names if name != "qa"], {}
-    if textual:
-        kinds = text_kinds(textual, given, model.encoder)
-    if "qa" in names:
-        searcher = load_searcher(given[IndexConfig], search, given[RuntimeConfig])
-        gate = load_gate(model, "gate", searcher.embedder) if answers.gate_frac else None
-        held_out = mix.eval_rag_json if mix else given[SftConfig].eval_json
-        questions = Questions(model.encoder, given[TrainConfig], answers, searcher, search,
-                              {"--rag_json": (mix or given[SftConfig]).rag_json, "--eval_json": held_out}, gate)
-        kinds["qa"] = Kind(len(questions.questions), questions.draw, questions.exam())
-    return kinds
-
-
-def train_phase(name: str, *configs: Options) -> None:
-    """Run or continue a training phase and print its summary. configs: of its command."""
-    given = {cls: cls() for cls in (ReconConfig, NextConfig, AnswersConfig, SearchConfig)} | {
-        type(config): config for config in configs}
-    models, runtime, phase = given[ModelConfig], given[RuntimeConfig], PHASES[name]
-    most, least = given[SearchConfig].topk, given[AnswersConfig].topk_min
-    require((least or 1) <= most, f"--topk_min {least} is more than --topk {most}")
-    train, accelerator = with_defaults(name, given[TrainConfig]), make_accelerator(runtime)
-    require(not train.seconds or accelerator.num_processes == 1, "--seconds is for one process: the clocks of several "
-            "differ: use --steps")
-    weights = phase.weights | {"kl": phase.weights.get("kl", train.distill)}
-    shares = given[MixConfig].shares if not phase.kind else ({phase.kind: 1.0}, {phase.kind: 1.0})
-    folder, settings = Path(train.out_dir), run_settings(configs, phase=name)
-    with run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
-        facts = {"settings": settings, "data": data_facts(settings), "versions": library_versions(),
-                 "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
-        checkpoint = open_run(folder, facts, train.resume)
-        source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
-        model = load_model(source, runtime, train.train, train.lora_r).to(accelerator.device)
-        model.config.compression = max(*train.k, model.config.compression if model.config.history else 0)
-        kinds = lesson_kinds(list(blended(*shares, 0.5)), given | {TrainConfig: train}, model)
-        apart = (weights["kl"] or weights.get("argmax")) and "d" in train.train  # else the decoder is the teacher
-        teacher = load_model(models, runtime).decoder.requires_grad_(False) if apart else None
-        mark_trained(model, train.train, train.lora_r)
-        steps = Steps(kinds, shares, train, teaches=bool(weights["kl"]), window=model.window,
-                      processes=accelerator.num_processes, process=accelerator.process_index, seed=runtime.seed)
-        trained = train.train + (f" (LoRA {train.lora_r})" if train.lora_r else "")
-        entry = {"phase": name, "train": trained, "device": facts["device"], "data": without_folders(facts["data"])}
-        trainer = Trainer(model, steps, weights, accelerator, teacher, entry)
-        if checkpoint:
-            trainer.restore(checkpoint)
-        accelerator.wait_for_everyone()  # or a slower process would find the run that the first one has begun
-        if not checkpoint and accelerator.is_main_process:
-            write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
-        if accelerator.device.type == "cpu":
-            keep_memory()
-        summary = trainer.fit()
-    emit(summary, runtime, importlib.import_module("refrag_extras.reports").training_text(summary))
 
 
 # =============================================================================
@@ -5503,177 +5266,16 @@ def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeli
 
 
 # =============================================================================
-# 12. Commands. A thin handler for each row of COMMANDS, called with its options,
-#     and the way into the program and out of it.
+# 12. Commands. The way into the program and out of it. What a command does is
+#     in its companion, which is imported here.
 # =============================================================================
 
 
-def trec_text(results: Sequence[dict[str, Any]]) -> str:
-    """TREC run lines `qid Q0 docid rank score refrag`; a document counts once, at its best rank. Raises UserError."""
-    ids = {"question": {result["id"] for result in results},
-           "document": {p.document_id for result in results for p in result["passages"]}}
-    for kind, names in ids.items():
-        columns = {re.sub(r"\s", "_", name) for name in names}
-        require("" not in columns and len(columns) == len(names), f"--format trec: {kind} ids that are empty, or alike "
-                "with underscores for white space: use --format json")
-    lines = []
-    for result in results:
-        best: dict[str, float] = {}
-        for p in result["passages"]:  # best first
-            best.setdefault(p.document_id, p.score)
-        for rank, (name, score) in enumerate(best.items(), start=1):
-            question, document = (re.sub(r"\s", "_", column) for column in (result["id"], name))
-            lines.append(f"{question} Q0 {document} {rank} {score:.6f} refrag\n")
-    return "".join(lines)
-
-
-def search_text(result: dict[str, Any]) -> str:
-    lines = [result["question"]]
-    for p in result["passages"]:
-        text = " ".join(p.text.split())
-        scores = ", ".join(f"{name} {score:.3f}" for name, score in p.scores.items())
-        lines.append(f"{p.rank:3}. {p.score:.4f} ({scores})  {p.title or p.id}  [{p.source}]\n     {text[:200]}")
-    return "\n".join(lines)
-
-
-def cmd_search(index: IndexConfig, ask: QuestionConfig, search: SearchConfig, form: FormatConfig,
-               runtime: RuntimeConfig) -> None:
-    questions = read_questions(ask)
-    searcher = load_searcher(index, search, runtime)
-    results = [{"id": q["id"], "question": q["question"],
-                "passages": searcher.search(q["question"], search.topk, search.hops, search.where)}
-               for q in progress(questions, "searching", total=len(questions))]
-    if form.format == "json" or runtime.json:
-        found = [result | {"passages": [p.to_json() for p in result["passages"]]} for result in results]
-        print(dumps(found[0] if ask.questions is None else {"results": found}))
-    elif form.format == "trec":
-        print(trec_text(results), end="")
-    else:
-        say("\n\n".join(search_text(result) for result in results))
-
-
-def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:
-    """--prompt as the one question, None without it. Raises UserError."""
-    if text is None:
-        return None
-    require(ask.question is None and ask.questions is None, "name one of --prompt, --question and --questions")
-    require(bool(text.strip()), "--prompt is empty")
-    labels = [label for _, label in split_docs(text) if label is not None]
-    require(len(set(labels)) == len(labels), "--prompt: two <doc> blocks have the same id")
-    for part, label in split_docs(text):
-        if label is None and (tag := DOC_TAG.search(part)):
-            raise UserError(f"--prompt: {part[tag.start() :][:40]!r} opens or closes no document: write "
-                            "<doc id=\"ID\">..</doc>, not one inside another")
-    return [{"id": "1", "question": text}]
-
-
-def answering(ask: QuestionConfig | None, index: IndexConfig, search: SearchConfig, pack: PackConfig,
-              generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> Pipeline:
-    """The pipeline of a command that answers. ask: None if the questions come later."""
-    require(generate.prompt is None or ask is not None, "--prompt goes with generate: here the questions come later")
-    require(generate.prompt is None or pack.mode != "none", "--mode none goes without the documents of --prompt")
-    require(generate.batch_size == 1 or not generate.compare, "--compare needs --batch_size 1")
-    require(not generate.resume or generate.out is not None, "--resume needs --out FILE, the file to continue")
-    if generate.out is not None:
-        out, folder = Path(generate.out), Path(generate.out).resolve().parent
-        require(ask is not None and ask.questions is not None, "--out goes with --questions")
-        require(folder.is_dir() and os.access(folder, os.W_OK), f"--out {out}: the folder cannot be written")
-        require(generate.resume or not out.exists(),
-                f"--out {out} exists: add --resume to continue it, or name another file")
-    return load_pipeline(index, search, pack, generate, models, runtime)
-
-
-def unanswered(questions: list[dict[str, Any]], out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions without a line in `out`, whatever their ids (often line numbers); a taken id gets -2, -3, .."""
-    lines, waiting = finished_lines(out, settings, "--out"), []
-    done, ids = collections.Counter(line.get("question") for line in lines), {line["id"] for line in lines}
-    for item in questions:
-        done[item["question"]] -= 1
-        if done[item["question"]] < 0:
-            free = (f"{item['id']}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
-            waiting.append(item | {"id": next(name for name in free if name not in ids)})
-            ids.add(waiting[-1]["id"])
-    return waiting
-
-
-def explain_line(chunk: dict[str, Any]) -> str:
-    shares = ", ".join(f"{group} {value:+.2f}" for group, value in chunk["shares"].items()) or "no shares"
-    text = " ".join(chunk["text"].split())
-    return f"{chunk['score']:9.3f}  {chunk['why']} ({shares})  {chunk['passage_id']}: {text[:80]}"
-
-
-HOW_READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
-
-
-def answer_text(result: dict[str, Any], shown: bool) -> str:
-    """An answer for people, with citations and times. shown: it was streamed already."""
-    m = result["metrics"]
-    lines = ["" if shown else result["answer"], ""]
-    for c in result["citations"]:
-        how = "not among the passages given" if c["forged"] else HOW_READ[c["read"]]
-        how += ", chosen after the answer" if c["chosen"] else ""
-        name = f"{c['title']} ({c['source']})" if c["title"] else c["source"]
-        lines.append(f"[{c['label']}] {name}, {how}")
-    if not result["citations"]:
-        lines.append("no citation")
-    read = {passage["read"] for passage in result["passages"]}
-    if not read and result["settings"]["mode"] != "none" and result["settings"]["index_dir"]:
-        lines.append("no passage was found: the answer is the decoder's own")
-    elif read and not read & {"text", "partly"}:
-        lines.append("no passage was read as text")
-    stages = ", ".join(f"{name.removesuffix('_s')} {1000 * value:.0f}" for name, value in m["stages"].items())
-    lines += [f"{m['full_positions']:,} positions of full context -> {m['positions']:,} fed ({m['compression']:.1f}x), "
-              f"{100 * m['p_realised']:.0f}% of the context as text",
-              f"first token after {1000 * m['ttft_s']:.0f} ms ({stages}); then {m['tokens_per_s'] or 0:.1f} tokens/s"]
-    lines += [explain_line(chunk) for chunk in result["chunks"] if "why" in chunk]
-    if "full" in result:
-        full = result["full"]
-        lines.append(f"full context: first token after {1000 * full['metrics']['ttft_s']:.0f} ms, "
-                     f"{result['ttft_ratio']:.1f}x as long; it answers: {full['answer']}")
-    return "\n".join(lines)
-
-
-def compare(pipeline: Pipeline, item: dict[str, Any], write: Callable[[str], bool | None] | None) -> dict[str, Any]:
-    [result] = pipeline.answer_batch([item], pipeline.settings, [write])
-    [full] = pipeline.answer_batch([item], dataclasses.replace(pipeline.settings, mode="full"))
-    result["full"] = {"answer": full["answer"], "metrics": full["metrics"]}
-    result["ttft_ratio"] = round(full["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], 3)
-    return result
-
-
-def cmd_generate(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig,
-                 generate: GenerateConfig, models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    questions = read_prompt(generate.prompt, ask) or read_questions(ask)
-    pipeline = answering(ask, index, search, pack, generate, models, runtime)
-    many, out, results = ask.questions is not None, generate.out and Path(generate.out), []
-    live = functools.partial(say, end="") if generate.stream and not runtime.json and not many else None
-    # two that continue one file would cut off each other's lines
-    with exclusive(out.with_name(f".{out.name}.lock"), f"--out {out}") if out else contextlib.nullcontext():
-        if out and out.exists():  # with --resume
-            questions = unanswered(questions, out, pipeline.describe(pipeline.settings))
-        for batch in progress(batched(questions, generate.batch_size), "answering"):
-            for result in ([compare(pipeline, batch[0], live)] if generate.compare else
-                           pipeline.answer_batch(batch, writers=[live] * len(batch))):
-                if out:
-                    append_line(out, result)
-                if runtime.json:
-                    results.append(result)
-                elif not out:
-                    text = answer_text(result, shown=live is not None)
-                    say(f"{result['question']}\n{text}\n" if many else text)
-    if runtime.json:
-        print(dumps({"results": results} if many else results[0]))
-
-
-HANDLERS: dict[str, Callable[..., None]] = {
-    "search": cmd_search, "generate": cmd_generate,
-    **{name: functools.partial(train_phase, name) for name in PHASES}}
-
-
 def handler(name: str) -> Callable[..., None]:
-    """What a command calls: of the companions, which are imported here, their `run`."""
-    module = f"refrag_extras.{'evaluate' if name == 'eval' else name}"
-    return HANDLERS.get(name) or importlib.import_module(module).run
+    """What a command calls with its options: `run` in refrag_extras/NAME.py."""
+    module = "train" if name in PHASES else {"eval": "evaluate"}.get(name, name)
+    run = importlib.import_module(f"refrag_extras.{module}").run
+    return functools.partial(run, name) if name in PHASES else run
 
 
 def run_command(name: str, configs: Sequence[Options]) -> int:

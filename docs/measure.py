@@ -42,13 +42,15 @@ import torch
 import refrag
 from refrag_extras import align, bench, cpu_engine, evaluate
 from refrag_extras.corpus import read_corpus
+from refrag_extras.runs import describe_device, glibc, keep_memory, library_versions, make_accelerator
+from refrag_extras.train import text_kinds, with_defaults
 
 RUNTIME = refrag.RuntimeConfig()
 
 
 def print_result(what: str, result: dict) -> None:
     """A measurement with what it takes to make it again, as one JSON object."""
-    print(json.dumps({"what": what, "device": refrag.describe_device(RUNTIME), "versions": refrag.library_versions(),
+    print(json.dumps({"what": what, "device": describe_device(RUNTIME), "versions": library_versions(),
                       "command": sys.argv, "commit": evaluate.source_commit(), **result}))
 
 
@@ -359,15 +361,15 @@ def trainer_of(args: argparse.Namespace, lessons: str, letters: str, folder: Pat
     size = args.contexts[0]
     train = refrag.TrainConfig(out_dir=str(folder), k=(args.k,), seq_tokens=size, batch_size=args.batch_size,
                                steps=10**6, train=letters)
-    train, phase = refrag.with_defaults(f"cpt_{lessons}", train), refrag.PHASES[f"cpt_{lessons}"]
+    train, phase = with_defaults(f"cpt_{lessons}", train), refrag.PHASES[f"cpt_{lessons}"]
     model, shares = refrag.load_model(refrag.ModelConfig(), RUNTIME, letters), ({lessons: 1.0}, {lessons: 1.0})
     options = refrag.ReconConfig(), refrag.NextConfig(), refrag.AnswersConfig(), refrag.SearchConfig()
     given = {type(c): c for c in (*options, train, refrag.TextConfig(train_json=(args.texts,)))}
-    steps = refrag.Steps(refrag.text_kinds([lessons], given, model.encoder), shares, train, teaches=False,
+    steps = refrag.Steps(text_kinds([lessons], given, model.encoder), shares, train, teaches=False,
                          window=model.window, seed=RUNTIME.seed)
     refrag.mark_trained(model, letters, 0)
     facts = {"phase": f"cpt_{lessons}", "data": []}
-    return refrag.Trainer(model, steps, phase.weights, refrag.make_accelerator(RUNTIME), None, facts)
+    return refrag.Trainer(model, steps, phase.weights, make_accelerator(RUNTIME), None, facts)
 
 
 def measure_allocator(args: argparse.Namespace) -> dict:
@@ -379,10 +381,10 @@ def measure_allocator(args: argparse.Namespace) -> dict:
         for name in ("default", "kept", "default", "kept"):
             bench.reset_peak_memory(cpu)
             if name == "kept":
-                refrag.keep_memory()
+                keep_memory()
             else:  # glibc's M_MMAP_MAX by default, and the most that its own M_TRIM_THRESHOLD comes to
-                refrag.glibc("mallopt", -4, 1 << 16)
-                refrag.glibc("mallopt", -1, 1 << 26)
+                glibc("mallopt", -4, 1 << 16)
+                glibc("mallopt", -1, 1 << 26)
             clock = [time.perf_counter()]
             for step in steps:
                 trainer.run_step(step)

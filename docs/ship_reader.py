@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import refrag
 from refrag_extras import reports
+from refrag_extras.runs import without_folders
 
 LIMITS = """
 ## What it is for
@@ -53,7 +54,7 @@ def main() -> None:
     source.verify()
     config = source.config
     for entry in config.history:
-        entry["data"] = refrag.without_folders(entry["data"])
+        entry["data"] = without_folders(entry["data"])
     parts = {path.stem: {name: tensor.bfloat16() for name, tensor in source.tensors(path.stem).items()}
              for path in source.path.glob("*.safetensors") if path.stem != "trainer"}
     card = reports.model_card(config, []) + LIMITS

@@ -24,6 +24,15 @@ import refrag
 from refrag_extras import reports
 from refrag_extras.doctor import index_summary
 from refrag_extras.evaluate import aligned_table, markdown_table, source_commit
+from refrag_extras.runs import (
+    describe_device,
+    glibc,
+    keep_memory,
+    library_versions,
+    make_accelerator,
+    run_folder,
+    run_settings,
+)
 
 TIMED = ("ttft_s", "ttit_s", "tokens_per_s")
 SIZED = ("context_tokens", "positions", "full_positions", "compression", "p_realised", "new_tokens", "kv_bytes")
@@ -76,7 +85,7 @@ def peak_device_mb(device: torch.device) -> float | None:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Let both peaks begin again; that of resident memory stays where the system is not Linux."""
-    refrag.glibc("malloc_trim", 0)
+    glibc("malloc_trim", 0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if device.type == "cuda":
@@ -269,9 +278,9 @@ def load_benchmark(bench: refrag.BenchConfig, index: refrag.IndexConfig, models:
     pipeline = refrag.load_pipeline(index, refrag.SearchConfig(), pack, generate, models, runtime)
     known = ("enc", "dec", "projector_trained", "gate", "compressed", "dtype")
     settings = {name: value for name, value in pipeline.describe(pipeline.settings).items() if name in known}
-    settings = refrag.run_settings((bench, index, models, runtime)) | settings
-    facts = {"device": refrag.describe_device(runtime), "settings": settings,
-             "versions": refrag.library_versions(), "command": sys.argv, "commit": source_commit(),
+    settings = run_settings((bench, index, models, runtime)) | settings
+    facts = {"device": describe_device(runtime), "settings": settings,
+             "versions": library_versions(), "command": sys.argv, "commit": source_commit(),
              "index": index_summary(pipeline.searcher.index.manifest), "load_s": round(pipeline.load_s, 3)}
     return Benchmark(pipeline, bench, item, facts)
 
@@ -431,11 +440,11 @@ def bench_training(bench: refrag.BenchConfig, models: refrag.ModelConfig, runtim
     its matrix products would take by themselves, which is what a faster program could gain at most."""
     model = refrag.load_model(models, runtime, "ped", bench.lora_r)
     refrag.mark_trained(model, "ped", bench.lora_r)
-    accelerator, device = refrag.make_accelerator(runtime), next(model.parameters()).device
+    accelerator, device = make_accelerator(runtime), next(model.parameters()).device
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     rng, rows = np.random.default_rng(runtime.seed), []
     if device.type == "cpu":
-        refrag.keep_memory()
+        keep_memory()
 
     def step(sequences: list[refrag.TrainingSequence]) -> None:
         batch = refrag.checked_batch(sequences, model.window).to(model.device)
@@ -459,8 +468,8 @@ def bench_training(bench: refrag.BenchConfig, models: refrag.ModelConfig, runtim
                      "step_s": round(step_s, 6), "positions_per_s": round(positions / step_s, 1),
                      "products_s": round(products_s, 6), "products_share": round(products_s / step_s, 4),
                      "peak_rss_mb": round(refrag.peak_rss_mb(), 1), "peak_device_mb": peak_device_mb(device)})
-    return {"what": "training", "device": refrag.describe_device(runtime), "versions": refrag.library_versions(),
-            "settings": refrag.run_settings((bench, models, runtime)), "command": sys.argv, "commit": source_commit(),
+    return {"what": "training", "device": describe_device(runtime), "versions": library_versions(),
+            "settings": run_settings((bench, models, runtime)), "command": sys.argv, "commit": source_commit(),
             "rows": rows}
 
 
@@ -469,7 +478,7 @@ def run(bench: refrag.BenchConfig, index: refrag.IndexConfig, models: refrag.Rea
     runtime.require_decoder("bench")
     with contextlib.ExitStack() as held:
         if bench.out_dir is not None:
-            held.enter_context(refrag.run_folder(Path(bench.out_dir), True, BENCH_FILES, "bench.json"))
+            held.enter_context(run_folder(Path(bench.out_dir), True, BENCH_FILES, "bench.json"))
         if bench.task == "train":
             result = bench_training(bench, models, runtime)
             if bench.out_dir is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import refrag
+from refrag_extras.generate import answer_text, answering
 
 OPTIONS = refrag.config_fields([refrag.PackConfig, refrag.SearchConfig])
 MODES = OPTIONS["mode"][0].metadata["choices"]
@@ -118,7 +119,7 @@ class Chat:
         if self.as_json:
             print(refrag.dumps(self.turns[-1]))
         else:
-            refrag.say(refrag.answer_text(result, shown=live is not None))
+            refrag.say(answer_text(result, shown=live is not None))
         sys.stdout.flush()
 
     def show_docs(self, rest: str) -> None:
@@ -176,7 +177,7 @@ def keep_history() -> None:
 
 
 def run(*configs: Any) -> None:
-    chat = Chat(refrag.answering(None, *configs), as_json=configs[-1].json)
+    chat = Chat(answering(None, *configs), as_json=configs[-1].json)
     if sys.stdin.isatty():
         chat.converse()
     else:

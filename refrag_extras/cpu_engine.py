@@ -98,23 +98,52 @@ class LayerMatrices(NamedTuple):
     narrow: Int4Matrix | Int8Matrix
 
 
+LONG = 2048  # positions of a prompt from which its keys and values are kept in 8 bits; below it gains no time
+
+
+class Int8Prompt:
+    """The keys and values of a long prompt's first positions, (n, T, D) each, in 8 bits with a scale a position: a step
+    reads a quarter of what it would in float32, and torch has no fast kernel between the two."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+            scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / 127
+            return (x / scale).round_().to(torch.int8), scale[..., 0]
+
+        (keys, key_scale), (values, self.value_scale) = rounded(keys), rounded(values)
+        self.keys = list(zip(keys, key_scale.bfloat16(), strict=True))  # (T, D), (T,) of each head
+        self.values = list(values.transpose(1, 2).contiguous())  # (D, T) of each
+        self.ones = torch.ones(values.shape[2], dtype=torch.bfloat16)
+
+    def scores(self, query: Tensor) -> Tensor:
+        """query: (n, G, D). Returns (n, G, T)."""
+        rows = zip(query.bfloat16(), self.keys, strict=True)
+        return torch.stack([torch._weight_int8pack_mm(x, *keys) for x, keys in rows]).float()
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """The values' sum by weights (n, G, T). Returns (n, G, D)."""
+        rows = zip((weights * self.value_scale[:, None]).bfloat16(), self.values, strict=True)
+        return torch.stack([torch._weight_int8pack_mm(x, values, self.ones) for x, values in rows]).float()
+
+
 class LayerCache(NamedTuple):
     """One layer's keys and values, and views of them made once: a view for each step costs as much as a product."""
+    prompt: Int8Prompt | None  # what stands before the others
     both: Tensor  # (2, B, key heads, room, width of a head)
     keys: Tensor  # (B * key heads, width of a head, room)
     values: Tensor  # (B * key heads, room, width of a head)
 
     @classmethod
-    def over(cls, both: Tensor) -> LayerCache:
+    def over(cls, prompt: Int8Prompt | None, both: Tensor) -> LayerCache:
         keys, values = both.flatten(1, 2)
-        return cls(both, keys.transpose(1, 2), values)
+        return cls(prompt, both, keys.transpose(1, 2), values)
 
 
 class FixedCache(NamedTuple):
     """Keys and values with room for the tokens to come: growing them by copies costs more than the step itself."""
     stepper: Stepper
     layers: list[LayerCache]
-    length: int  # positions that are filled
+    length: int  # positions that are filled, without those in 8 bits
 
 
 class Stepper:
@@ -164,20 +193,24 @@ class Stepper:
         """The state of a prompt that the decoder has read, with room for so many tokens more."""
         layers = state.cache.layers
         B, G, T, D = layers[0].keys.shape
+        first = 16 * (T // 16) if T >= LONG and D % 16 == 0 else 0  # positions in 8 bits; the kernel takes 16 numbers
 
         def roomy(layer: Any) -> LayerCache:
-            both = torch.empty(2, B, G, T + room, D)
-            both[0, :, :, :T], both[1, :, :, :T] = paired(layer.keys), layer.values
-            return LayerCache.over(both)
+            keys, values = paired(layer.keys), layer.values
+            prompt = Int8Prompt(keys[:, :, :first].flatten(0, 1), values[:, :, :first].flatten(0, 1)) if first else None
+            both = torch.empty(2, B, G, T - first + room, D)
+            both[0, :, :, : T - first], both[1, :, :, : T - first] = keys[:, :, first:], values[:, :, first:]
+            return LayerCache.over(prompt, both)
 
-        return state._replace(cache=FixedCache(self, [roomy(layer) for layer in layers], T))
+        return state._replace(cache=FixedCache(self, [roomy(layer) for layer in layers], T - first))
 
     def step(self, token: Tensor, cache: FixedCache, mask: Tensor | None,
              position: Tensor) -> tuple[Tensor, FixedCache]:
         """(logits (B, V), cache). token, position: (B,); mask: (B, T + 1) or None. The cache given is used up."""
         if cache.length == cache.layers[0].values.shape[1]:
             more = (0, 0, 0, max(32, cache.length // 4))
-            cache = cache._replace(layers=[LayerCache.over(nn.functional.pad(one.both, more)) for one in cache.layers])
+            grown = [LayerCache.over(one.prompt, nn.functional.pad(one.both, more)) for one in cache.layers]
+            cache = cache._replace(layers=grown)
         T = cache.length + 1
         x = self.embed.weight[token].float()  # (B, W)
         cos, sin = (part[..., : self.head_width // 2].float() for part in self.rotary(x, position[:, None]))
@@ -195,16 +228,22 @@ class Stepper:
 
     def attend(self, layer: LayerMatrices, x: Tensor, held: LayerCache, T: int, turn: Tensor,
                hidden: Tensor | None) -> Tensor:
-        """(B, W), what attention adds. The token's own key and value are filled in at T - 1."""
+        """(B, W), what attention adds. The token's own key and value are filled in at T - 1. hidden: all positions."""
         B, H, G, D = len(x), self.heads, self.kv_heads, self.head_width
         made = layer.attend(self.norm(x)).float().view(B, H + 2 * G, D // 2, 2)
         torch.view_as_complex(made.narrow(1, 0, H + G)).mul_(turn)
         held.both.select(3, T - 1).copy_(made.narrow(1, H, 2 * G).view(B, 2, G, D).transpose(0, 1))
         query = made.narrow(1, 0, H).reshape(B * G, H // G, D)
         scores = torch.bmm(query, held.keys.narrow(2, 0, T))  # (B * G, heads of a key, T)
+        if held.prompt is not None:
+            scores = torch.cat([held.prompt.scores(query), scores], dim=2)
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
-        return layer.leave(torch.bmm(scores.softmax(-1), held.values.narrow(1, 0, T)).view(B, H * D))
+        weights = scores.softmax(-1)
+        mixed = torch.bmm(weights[..., -T:], held.values.narrow(1, 0, T))
+        if held.prompt is not None:
+            mixed += held.prompt.mix(weights[..., :-T])
+        return layer.leave(mixed.view(B, H * D))
 
 
 def make_stepper(decoder: nn.Module, engine: str) -> Stepper | None:

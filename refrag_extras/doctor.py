@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import refrag
+from refrag_extras.runs import describe_device, library_versions, process_group
 
 
 def index_summary(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def all_reduce_check() -> dict[str, Any]:
     """Sum the ranks over all launched processes. Raises RefragError."""
     from accelerate.utils import reduce
 
-    group = refrag.process_group()
+    group = process_group()
     total = reduce(torch.tensor([float(group.process_index)], device=group.device)).item()
     expected = group.num_processes * (group.num_processes - 1) / 2
     if total != expected:
@@ -33,7 +34,7 @@ def run(index: refrag.IndexConfig, models: refrag.ModelConfig, doctor: refrag.Do
     if doctor.dist:
         found = {"all_reduce": all_reduce_check()}
     else:
-        found = {"device": refrag.describe_device(runtime), "versions": refrag.library_versions(), "models": {}}
+        found = {"device": describe_device(runtime), "versions": library_versions(), "models": {}}
         named = [name for name in (models.dec, models.enc) if name and not name.startswith("decoder:")]
         for name in [*refrag.BUNDLED, *named]:
             try:

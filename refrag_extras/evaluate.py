@@ -25,6 +25,16 @@ from torch import Tensor
 
 import refrag
 from refrag_extras import reports
+from refrag_extras.runs import (
+    FREE_TO_CHANGE,
+    describe_device,
+    file_facts,
+    finished_lines,
+    library_versions,
+    make_accelerator,
+    run_folder,
+    run_settings,
+)
 
 RESAMPLES = 2000  # of the bootstrap
 ONE_P = {"full": (1.0,), "none": (0.0,)}  # modes that no p changes
@@ -239,10 +249,10 @@ class Task:
 
     def settings(self) -> dict[str, Any]:
         """What every line depends on, beside its own mode, p and k. Files are named by their contents."""
-        merged = refrag.run_settings((self.options, self.index, self.search, self.models, self.runtime))
-        own = refrag.FREE_TO_CHANGE | self.unused | {"modes", "p", "qa", "texts", "index_dir", "load_dir"}
+        merged = run_settings((self.options, self.index, self.search, self.models, self.runtime))
+        own = FREE_TO_CHANGE | self.unused | {"modes", "p", "qa", "texts", "index_dir", "load_dir"}
         kept = {key: value for key, value in merged.items() if key not in own}
-        device = refrag.describe_device(self.runtime)
+        device = describe_device(self.runtime)
         return kept | {"device": device["device"], "dtype": device["dtype"]} | self.sources()
 
     def sources(self) -> dict[str, Any]:
@@ -552,7 +562,7 @@ class TextTask(Task):
         self.runtime.require_decoder(f"--task {self.options.task}")
 
     def sources(self) -> dict[str, Any]:
-        files = [fact["sha256"][:16] for fact in refrag.file_facts(self.options.texts)]
+        files = [fact["sha256"][:16] for fact in file_facts(self.options.texts)]
         return {"texts": files} | super().sources()
 
     def load(self) -> None:
@@ -716,19 +726,19 @@ EVAL_FILES = re.compile(
 
 def evaluate(task: Task) -> dict[str, Any]:
     """Measure what is not measured yet, and write the report. Returns the summary that the command prints."""
-    accelerator, folder = refrag.make_accelerator(task.runtime), task.options.out_dir and Path(task.options.out_dir)
+    accelerator, folder = make_accelerator(task.runtime), task.options.out_dir and Path(task.options.out_dir)
     task.accelerator, rank = accelerator, accelerator.process_index
     with contextlib.ExitStack() as held:
         done, write = {}, lambda line: None
         if folder:
-            held.enter_context(refrag.run_folder(folder, accelerator.is_main_process, EVAL_FILES, "questions.jsonl"))
+            held.enter_context(run_folder(folder, accelerator.is_main_process, EVAL_FILES, "questions.jsonl"))
             with accelerator.main_process_first():  # which fixes what a kill left
                 settings = task.settings()
                 files = sorted(path for path in folder.glob("questions*.jsonl") if path.stat().st_size)
                 refrag.require(task.options.resume or not files, f"--out_dir {folder} holds an evaluation: add "
                                "--resume to continue it, or name another folder")
                 done = {key_of(line): line for path in files
-                        for line in refrag.finished_lines(path, settings, "--out_dir")}
+                        for line in finished_lines(path, settings, "--out_dir")}
             accelerator.wait_for_everyone()  # or a slower process would find the lines of a faster one
             path = folder / (f"questions-{rank}.jsonl" if rank else "questions.jsonl")
             write = lambda line: refrag.append_line(path, line | {"settings": settings})  # noqa: E731
@@ -778,7 +788,7 @@ def write_report(folder: Path, task: Task, found: Lines, summary: dict[str, Any]
     for part in folder.glob("questions-*.jsonl"):
         part.unlink()
     facts = {"settings": lines[0]["settings"], "command": [word for word in sys.argv if word != "--resume"],
-             "versions": refrag.library_versions(), "device": refrag.describe_device(task.runtime),
+             "versions": library_versions(), "device": describe_device(task.runtime),
              "commit": source_commit()}
     refrag.write_atomic(folder / "results.json", json.dumps(summary | facts, indent=1) + "\n")
     refrag.write_atomic(folder / "report.md", report_text(task, summary, facts))

@@ -13,16 +13,17 @@ from safetensors.torch import save_file
 
 import refrag
 from refrag_extras import vllm_engine
+from refrag_extras.generate import answering, read_prompt
 
 
 def run(export: refrag.ExportConfig, ask: refrag.QuestionConfig, index: refrag.IndexConfig, search: refrag.SearchConfig,
         pack: refrag.PackConfig, generate: refrag.GenerateConfig, models: refrag.ReaderConfig,
         runtime: refrag.RuntimeConfig) -> None:
     """Write the prompt of one question."""
-    questions = refrag.read_prompt(generate.prompt, ask) or refrag.read_questions(ask)
+    questions = read_prompt(generate.prompt, ask) or refrag.read_questions(ask)
     refrag.require(len(questions) == 1, "--questions: export writes one prompt, so name one question")
     runtime.require_decoder("export")
-    pipeline = refrag.answering(ask, index, search, pack, generate, models, runtime)
+    pipeline = answering(ask, index, search, pack, generate, models, runtime)
     facts = export_prompt(pipeline, questions[0], Path(export.out_dir), export.decoder)
     files = ", ".join(sorted(path.name for path in Path(export.out_dir).iterdir()))
     refrag.emit(facts | {"out_dir": export.out_dir}, runtime,

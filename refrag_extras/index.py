@@ -35,6 +35,7 @@ import refrag
 from refrag import Index, Record, open_columns, require
 from refrag_extras import documents
 from refrag_extras.corpus import corpus_files, read_corpus, split_spans
+from refrag_extras.runs import glibc, process_group
 
 BLOCK = 256  # passages computed together, sorted by length inside, and rows of a record batch
 IVF_LEAST = 10_000  # passages that train an inverted file
@@ -201,7 +202,7 @@ class Build:
                         "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])}
         if states is not None:
             columns["states"] = lists(lengths, states.astype(np.float16))
-        refrag.glibc("malloc_trim", 0)
+        glibc("malloc_trim", 0)
         return pa.table(columns)
 
     def refuse_empty(self, corpus: refrag.CorpusConfig) -> None:
@@ -318,7 +319,7 @@ class FolderBuild(Build):
         if os.environ.get("WORLD_SIZE", "1") != "1":
             from accelerate.utils import broadcast_object_list
 
-            group = refrag.process_group()
+            group = process_group()
             folder, rows = broadcast_object_list([folder, rows])
             first, step = group.process_index, group.num_processes
         blocks = gather([open_columns(folder / "passages.arrow")], rows)
@@ -509,7 +510,7 @@ def run(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: refrag.Bu
     _, unread = corpus_files(corpus.corpus, {})  # report a missing path before doing any work
     if build.sync and any(refrag.kind_of(path) in documents.READERS for path in unread):
         raise refrag.MissingError(f"--sync would delete documents that cannot be read here: {documents.INSTALL}")
-    if os.environ.get("WORLD_SIZE", "1") != "1" and not refrag.process_group().is_main_process:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not process_group().is_main_process:
         return load_build(corpus, index, build, models, runtime).embed()
     start = time.perf_counter()
     with lock(index.index_dir):

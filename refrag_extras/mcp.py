@@ -15,6 +15,7 @@ import torch
 
 import refrag
 from refrag import like, opt
+from refrag_extras.generate import HOW_READ, answering
 
 try:
     from mcp.server.lowlevel import Server
@@ -123,7 +124,7 @@ def read_text(result: dict[str, Any]) -> str:
 def answer_text(result: dict[str, Any]) -> str:
     lines = [result["answer"], ""]
     for c in result["citations"]:
-        how = "not among the passages given" if c["forged"] else refrag.HOW_READ[c["read"]]
+        how = "not among the passages given" if c["forged"] else HOW_READ[c["read"]]
         lines.append(f"[{c['label']}] {heading(c)}, {how}")
     if not result["passages"]:
         lines.append("no passage was found: the answer is the decoder's own")
@@ -146,7 +147,7 @@ class Toolbox:
     def load(self) -> None:
         """Without `answer` no decoder is needed."""
         if "answer" in self.names:
-            self.pipeline = refrag.answering(None, *self.configs)
+            self.pipeline = answering(None, *self.configs)
             self.searcher = self.pipeline.searcher
         else:
             self.searcher = refrag.load_searcher(self.configs[0], self.configs[1], self.runtime)

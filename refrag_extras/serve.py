@@ -38,6 +38,7 @@ from starlette.routing import Route
 
 import refrag
 from refrag_extras.chat import MODES, with_topic
+from refrag_extras.generate import answering
 
 # -- requests ---------------------------------------------------------------------
 
@@ -531,7 +532,7 @@ def run(serve: refrag.ServeConfig, *configs: Any) -> None:
         from refrag_extras.uploads import Uploads
 
         uploads = Uploads(serve.timeout, configs[0], *configs[-2:])
-    engine = Engine(refrag.answering(None, *configs), serve)
+    engine = Engine(answering(None, *configs), serve)
     with listening_socket(serve) as listener:
         host, port = listener.getsockname()[:2]
         app = make_app(engine, serve, host, uploads)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import refrag
 from refrag import GateConfig, GateDataConfig, IndexConfig, ModelConfig, QueryGate, RuntimeConfig, SearchConfig, require
 from refrag_extras import reports
+from refrag_extras.runs import file_facts, without_folders
 
 GATE_LR = 1e-3  # at its peak
 CHUNKWISE = 0.2  # weight of the chunkwise cross entropy beside the listwise one
@@ -174,8 +175,8 @@ def save_gate(kind: str, gate: QueryGate, embedder: refrag.Embedder, data: GateD
     setattr(config, kind, {**gate.shape, "feature_names": refrag.FEATURE_NAMES if gate.shape["features"] else [],
                            "embedder": embedder.name, "embedder_fingerprint": embedder.fingerprint})
     parts[kind] = {name: tensor.half() for name, tensor in refrag.part_tensors(gate).items()}
-    files = refrag.file_facts([*data.rag_json, *data.eval_json])
-    config.history = [*config.history, entry | {"data": refrag.without_folders(files)}]
+    files = file_facts([*data.rag_json, *data.eval_json])
+    config.history = [*config.history, entry | {"data": without_folders(files)}]
     refrag.write_checkpoint(Path(data.out_dir), config, parts, card=reports.model_card(config, []))
 
 

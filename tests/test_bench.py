@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import refrag
-from refrag_extras import bench, evaluate
+from refrag_extras import bench, evaluate, runs
 
 QUESTION = "Where do smiths cast bells?"
 
@@ -237,6 +237,7 @@ def test_the_folder_holds_result_report_and_pictures(run_bench, tmp_path, clock,
     monkeypatch.setattr(sys, "argv", ["refrag.py", "bench", "\udcff", "a b"])
     result, _ = run_bench("--out_dir", folder, "--contexts", "30,60,120")
     assert result.keys() >= {"device", "rows", "rounds", "settings", "versions", "command", "commit"}
+    assert (result["device"]["device"], result["versions"]) == ("cpu", runs.library_versions())
     assert result["settings"].items() >= {"contexts": [30, 60, 120], "new": 3, "gate": "blend"}.items()
     assert all({"mode", "context", "k", "p", "batch", "positions", "ttft_s", "ttit_s", "tokens_per_s", "peak_rss_mb",
                 "kv_bytes"} <= set(row) and row["peak_rss_mb"] > 0 for row in result["rows"])

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from writers import STARTS
 
 import refrag
+from refrag_extras import search
 
 SOURCE = Path(refrag.__file__).read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
@@ -70,7 +71,7 @@ def test_a_section_uses_only_names_of_its_own_and_earlier_sections():
     later = {f"line {node.lineno}: section {section_of(node)} uses {name} of section {HOME[name]}"
              for node in TREE.body for name in read_names(node) if HOME.get(name, 0) > section_of(node)}
     assert later == set()
-    assert HOME["parse"] == 1 and HOME["torch"] == 2 and HOME["cmd_search"] == len(SECTIONS)
+    assert HOME["parse"] == 1 and HOME["torch"] == 2 and HOME["main"] == len(SECTIONS)
     # only options know argparse; only section 2 imports the heavy libraries, but inside functions they may be anywhere
     assert {section_of(node) for node in TREE.body if "argparse" in read_names(node)} == {1}
     for node in TREE.body:
@@ -435,7 +436,7 @@ def test_people_are_shown_control_characters_and_json_keeps_them(run, build, lla
 
 def trec(*results: tuple[str, list[str]]) -> str:
     """The TREC run of questions, each with the ids of its documents, best first."""
-    return refrag.trec_text([
+    return search.trec_text([
         {"id": question, "passages": [refrag.Passage(n, i, "", "text", 1 / n, n, i) for n, i in enumerate(ids, 1)]}
         for question, ids in results])
 

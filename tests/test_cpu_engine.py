@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import save_decoder
+from conftest import SMALL, save_decoder
 
 import refrag
 from refrag_extras import cpu_engine
@@ -129,6 +129,21 @@ def test_without_rounding_the_steps_are_the_decoders(decoder, exact, lengths, ro
     expected, got = step_both(decoder, cpu_engine.Stepper(decoder), lengths, 6, room, alive)
     rows = slice(None) if alive is None else alive
     torch.testing.assert_close(got[:, rows], expected[:, rows], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("lengths", "room"), [((40,), 12), ((37, 50, 33), 12), ((64,), 1)])
+def test_a_long_prompt_in_8_bits_gives_nearly_the_decoders_steps(exact, monkeypatch, lengths, room):
+    """Its last positions, up to fifteen, and what follows stay as they are."""
+    monkeypatch.setattr(cpu_engine, "LONG", 32)
+    config = transformers.LlamaConfig(**SMALL, initializer_range=0.2, intermediate_size=64, num_attention_heads=2,
+                                      num_key_value_heads=1)
+    decoder = transformers.LlamaForCausalLM(config).eval()
+    expected, got = step_both(decoder, cpu_engine.Stepper(decoder), lengths, 6, room)
+    error = (got - expected).norm() / expected.norm()
+    assert 1e-5 < error < 0.03  # rounded, and by little
+    monkeypatch.setattr(cpu_engine, "LONG", 65)
+    again, got = step_both(decoder, cpu_engine.Stepper(decoder), lengths, 6, room)
+    torch.testing.assert_close(got, again, rtol=1e-3, atol=1e-4)
 
 
 def in_levels(decoder, ending):

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import refrag
+from refrag_extras import generate
 
 KINDS = ("bpe", "wordpiece", "sentencepiece")
 WORDS = ["The Rhone leaves", " the ", "bridges", "notes on", "950", ". ", "don't", "río", "Mediterráneo"]
@@ -222,7 +223,7 @@ def test_packed_tokens_are_the_encoders_tokens_in_order(loaded, kind, k, text):
     ("Why? <doc id='1'>a", "\"<doc id='1'>a\" opens or closes no document"), ("  ", "is empty")])
 def test_a_prompt_whose_documents_are_not_clear_is_refused_and_a_tokenizer_without_offsets(loaded, text, told):
     with pytest.raises(refrag.UserError, match=told):
-        refrag.read_prompt(text, refrag.QuestionConfig())
+        generate.read_prompt(text, refrag.QuestionConfig())
     slow = types.SimpleNamespace(is_fast=False)
     for pair in ([slow], [loaded["bpe"], slow]):
         with pytest.raises(refrag.UserError, match="fast tokenizer"):

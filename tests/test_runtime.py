@@ -10,7 +10,7 @@ from conftest import COMPUTES_BFLOAT16
 from writers import tree
 
 import refrag
-from refrag_extras import doctor, reports
+from refrag_extras import doctor, reports, runs
 
 CPU = torch.device("cpu")
 
@@ -75,10 +75,10 @@ def test_devices_and_precision(monkeypatch):
         assert (refrag.pick_dtype("auto", CPU) is torch.bfloat16) is able
         assert refrag.pick_dtype("float32", CPU) is refrag.pick_dtype("auto", torch.device("mps")) is torch.float32
         assert refrag.pick_dtype("bfloat16", CPU) is torch.bfloat16
-    monkeypatch.setattr(refrag.ctypes, "CDLL", None)
+    monkeypatch.setattr(runs.ctypes, "CDLL", None)
     for system in ("darwin", "win32"):  # the allocator is left alone
         monkeypatch.setattr(refrag.sys, "platform", system)
-        refrag.keep_memory()
+        runs.keep_memory()
 
 
 def test_prepare_runtime_seeds_torch_and_sets_the_threads():

@@ -18,7 +18,8 @@ from conftest import TEXTS, build, disturb
 from safetensors.torch import load_file
 
 import refrag
-from refrag_extras import reports
+from refrag_extras import reports, runs
+from refrag_extras.train import text_kinds
 
 RUNTIME = refrag.RuntimeConfig(device="cpu", quiet=True)
 PHASES = ("cpt_align", "cpt_recon", "cpt_next", "sft")
@@ -195,7 +196,7 @@ def text_lessons(tmp_path, whole):
         defaults = refrag.ReconConfig(), refrag.NextConfig(), refrag.AnswersConfig(), refrag.SearchConfig()
         settings = [CLOZE[kind](**options)] if CLOZE[kind] else []
         given = {type(c): c for c in (*defaults, *settings, config, refrag.TextConfig(train, evaluation))}
-        return Lessons(refrag.text_kinds([kind], given, encoder)[kind], k, bool(distill) or kind == "align")
+        return Lessons(text_kinds([kind], given, encoder)[kind], k, bool(distill) or kind == "align")
 
     return call
 
@@ -984,7 +985,7 @@ def test_a_run_says_what_it_takes_to_make_it_again(train, sources, tmp_path, lla
               "dec": str(llama), "enc": "decoder:2", "expand_frac": 0.25, "warmup": 0.04, "resume": False}
     assert {name: facts["settings"][name] for name in chosen} == chosen
     assert facts["data"] == [{"file": str(data), "bytes": data.stat().st_size, "sha256": refrag.sha256_file(data)}]
-    assert facts == facts | {"device": "cpu", "processes": 1, "versions": refrag.library_versions(),
+    assert facts == facts | {"device": "cpu", "processes": 1, "versions": runs.library_versions(),
                              "command": ["refrag.py", "cpt_next", "--and_so_on"]}
 
 

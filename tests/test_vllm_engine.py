@@ -15,7 +15,7 @@ import transformers
 from conftest import build, disturb
 
 import refrag
-from refrag_extras import serve, vllm_engine
+from refrag_extras import generate, serve, vllm_engine
 
 QUESTIONS = ["Where do smiths cast bells?", "Which river leaves Lake Geneva?", "When did the first modern games open?"]
 TAKEN = {"model", "prompt_embeds", "max_tokens", "stream", "stop_token_ids", "return_token_ids", "temperature", "top_p",
@@ -205,7 +205,7 @@ def test_a_trained_decoder_is_the_one_that_is_exported(exported, serving, tiny, 
 
 def pipeline_of(server, tiny):
     _, configs = refrag.parse(["chat", *map(str, tiny), "--engine", server.engine])
-    return refrag.answering(None, *configs)
+    return generate.answering(None, *configs)
 
 
 def test_of_the_decoder_only_the_embeddings_are_here(served, tiny):
