@@ -40,6 +40,9 @@ TEXTS = [
     "El río Ebro nace en Cantabria y desemboca en el Mediterráneo. Its delta grows rice.",
     "长江是亚洲最长的河流。 The Yangtze rises in Qinghai and reaches the sea near Shanghai.",
     "In 1896 the first modern games opened in Athens before 60,000 people; 14 nations sent athletes."]
+ODD = ["👨‍👩‍👧", "🏳️‍🌈", "🇫🇷🇪🇸", "🙂", "👍🏽", "e\u0301", "a\u0300\u0323", "\u0301",
+       "长江", "日本語。", "한국", "ﷺ", "ﬁ", "\u200b", "\x00", "\x01\x02", "\x7f", "\ufffd", "\ufeff", "\u2028", " ",
+       "   ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "▁", "Ġ", "\U0001d518", "\U0010ffff"]
 
 
 def train_bpe(folder: Path, *, chat: bool = True) -> Path:
@@ -264,12 +267,14 @@ def passages_of(folder):
 
 @pytest.fixture(name="build")
 def build_index(tmp_path, write, done, embedder, llama):
-    """Index rows or the file of a corpus: build("name", rows, *flags) -> what the command says."""
+    """Index rows or the file of a corpus, if any: build("name" or address, rows, *flags) -> what the command says."""
 
     def call(name, corpus, *flags):
         corpus = write("rows.jsonl", corpus) if isinstance(corpus, list) else corpus
         model = [] if {"--add", "--sync"} & {*flags} else ["--embed_model", embedder]
-        return done("index", "--corpus", corpus, "--index_dir", tmp_path / name, "--dec", llama, *model, *flags)
+        corpus = [] if corpus is None else ["--corpus", corpus]
+        index_dir = name if "+" in str(name) else tmp_path / name
+        return done("index", *corpus, "--index_dir", index_dir, "--dec", llama, *model, *flags)
 
     return call
 

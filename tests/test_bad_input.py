@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -37,10 +36,8 @@ CORPORA = [
 TRAINING = [
     (b"", "no text to train on"), (b"\n \r\n\t\n\n", "no text to train on"), ([{"tokens": []}], "no text to train on"),
     ([{"text": ""}], "no text to train on"), (b'{"text": "good"}\n\n{"text": \n', "PATH:3: malformed JSON"),
-    (b'{"text": "good"}\n' + b"[" * 100_000, "PATH:2: malformed JSON"),
     (b'{"text": "good"}\n["text"]\n', "PATH:2: expected a JSON object, got list"),
     ([{"title": "x"}], "PATH:1: text must be a string, got NoneType"),
-    ([{"text": "good"}, {"text": 7}], "PATH:2: text must be a string, got int"),
     (b'{"text": "\\ud800"}\n', "PATH:1: text holds half of a surrogate pair"),
     (b'{"text": "good"}\n{"text": "b\xff"}\n', "PATH:2: invalid UTF-8"),
     *(([{"tokens": tokens}], "PATH:1: tokens must be whole numbers") for tokens in ([1, 2.5], [True] * 9, ["7"] * 9,
@@ -54,8 +51,6 @@ TRAINING = [
 QUESTIONS = [
     (b"", "PATH: the file holds no question"), (b"\n \n", "PATH: the file holds no question"),
     (b'{"question": "a"}\n{"question": \n', "PATH:2: malformed JSON"),
-    (b"[1]\n", "PATH:1: expected a JSON object, got int"),
-    (b'{"question": "\xff"}\n', "PATH:1: invalid UTF-8"),
     ([*ASKED, {"answers": ["x"]}], "PATH:3: no question (nor query, text) among its keys: answers"),
     (asked(question=" "), "PATH:3: the question is empty"),
     ([q | {"id": 7} for q in ASKED], "PATH: ids are not unique"),
@@ -93,7 +88,6 @@ def code_of(name: str, told: str) -> int:
 
 @pytest.mark.parametrize(("command", "flag", "name", "content", "told"), FILES, ids=range(len(FILES)))
 def test_a_bad_file_is_refused(run, refused, line, finished, write, tmp_path, command, flag, name, content, told):
-    """By its place, with flags that the command has; what was there before stays, and else nothing is there."""
     path, out = write(f"bad/{name}", content), tmp_path / "out"
     if command in ("index", "add"):
         shutil.copytree(finished.old("words"), out)
@@ -218,7 +212,6 @@ FOREIGN = {"index": ["thesis.tex", "gen-1.txt", "my-gen-1", "manifest.json.bak"]
 
 @pytest.mark.parametrize(("name", "file"), [(name, file) for name, foreign in FOREIGN.items() for file in foreign])
 def test_a_foreign_folder_is_refused(refused, command, write, tmp_path, name, file):
-    """Nothing in it is touched, and no lock is left; nor is a file that stands in the folder's place."""
     write(f"out/{file}", "precious")
     told = f"holds other files ({file})" if name not in ("train_gate", "export") else "there already"
     for argv in (command(name), [word for word in command(name, "--dec", NOWHERE) if word != "--resume"]):
@@ -309,7 +302,6 @@ def test_a_checkpoint_of_other_models_does_not_fit(refused, command, finished, f
 
 
 def test_what_is_no_checkpoint(refused, command, finished, llama, write, tmp_path):
-    """Nothing, an empty folder, a file, one of a checkpoint's files, a run that has saved nothing, another model."""
     (tmp_path / "empty").mkdir()
     write("begun/run.json", "{}")
     folder = finished.old("checkpoint")
@@ -321,18 +313,12 @@ def test_what_is_no_checkpoint(refused, command, finished, llama, write, tmp_pat
         assert f"--load_dir {path}" in (message := refused(2, *argv)) and told in message
 
 
-@pytest.fixture
-def ill(llama, tmp_path) -> Path:
-    """A decoder with one weight that is no number."""
-    folder = shutil.copytree(llama, tmp_path / "ill")
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    tensors["model.layers.2.mlp.down_proj.weight"][3, 5] = torch.nan
-    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 @pytest.mark.parametrize("phase", ["cpt_align", "cpt_recon", "cpt_next", "sft"])
-def test_a_loss_that_is_no_number_names_the_step_and_the_texts(refused, command, ill, files, tmp_path, phase):
+def test_a_loss_that_is_no_number_names_the_step_and_the_texts(refused, command, llama, files, tmp_path, phase):
+    ill = shutil.copytree(llama, tmp_path / "ill")
+    tensors = safetensors.torch.load_file(ill / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][3, 5] = torch.nan
+    safetensors.torch.save_file(tensors, ill / "model.safetensors", metadata={"format": "pt"})
     place = r"question q\d" if phase == "sft" else rf"{re.escape(str(files / 'texts.jsonl'))}:[1-6]"
     argv = command(phase, "--dec", ill)
     assert "step 0: the held-out loss is nan" in refused(2, *argv)
@@ -403,9 +389,3 @@ def test_no_passage_is_empty(done, line, write, tmp_path):
     corpus = write("c.jsonl", [{"id": "a", "text": "start" + "\n \t" * 60 + "end of it"}])
     done(*line("index", tmp_path / "out", "--corpus", corpus, "--max_passage_tokens", 8, "--overlap", 0))
     assert all(passage.text for passage in passages_of(tmp_path / "out"))
-
-
-def test_runs_of_two_precisions_in_one_program(done, line, tmp_path):
-    losses = [done(*line("cpt_recon", tmp_path / str(number), "--dtype", dtype, "--steps", 1))["loss"]
-              for number, dtype in enumerate(["float32", "bfloat16", "float32"])]
-    assert losses[0] == losses[2] != losses[1] == pytest.approx(losses[0], rel=0.02)

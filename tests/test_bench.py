@@ -1,7 +1,5 @@
 """Section 13, speed: `bench` on tiny models, with known times instead of the machine's."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json
@@ -103,7 +101,6 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios():
 
 
 def test_known_times_give_known_rows(run_bench, clock):
-    """Each combination once, though some are named twice."""
     result, _ = run_bench("--contexts", "60,120,60", "--p", "0", "0.3", "0.3")
     assert result["rounds"] == 2 == len(rows_of(result, "full"))
     for row in result["rows"]:
@@ -235,23 +232,15 @@ def test_all_text_reads_no_vectors_and_no_end_token_stops_a_run(run_bench, monke
     assert "no vectors that serve it" not in err
 
 
-def test_the_result_has_the_promised_names(run_bench, index_dir):
-    result, _ = run_bench("--repeats", 1)
-    assert {"device", "rows", "rounds", "settings", "versions", "command", "commit"} <= set(result)
-    assert all({"mode", "context", "k", "p", "batch", "positions", "ttft_s", "ttit_s", "tokens_per_s", "peak_rss_mb",
-                "kv_bytes"} <= set(row) for row in result["rows"])
-    assert result["device"]["device"] == "cpu" and result["command"] == sys.argv
-    assert result["versions"] == runs.library_versions()
-    assert result["settings"].items() >= {"contexts": [60, 120], "new": 3, "gate": "blend", "compressed": "feed",
-                                          "index_dir": str(index_dir)}.items()
-    assert all(row["peak_rss_mb"] > 0 and row["peak_device_mb"] is None for row in result["rows"])
-
-
 def test_the_folder_holds_result_report_and_pictures(run_bench, tmp_path, clock, monkeypatch):
-    """An argument that is no UTF-8 reaches Python as a lone surrogate."""
     folder = tmp_path / "deep" / "bench"
     monkeypatch.setattr(sys, "argv", ["refrag.py", "bench", "\udcff", "a b"])
     result, _ = run_bench("--out_dir", folder, "--contexts", "30,60,120")
+    assert result.keys() >= {"device", "rows", "rounds", "settings", "versions", "command", "commit"}
+    assert (result["device"]["device"], result["versions"]) == ("cpu", runs.library_versions())
+    assert result["settings"].items() >= {"contexts": [30, 60, 120], "new": 3, "gate": "blend"}.items()
+    assert all({"mode", "context", "k", "p", "batch", "positions", "ttft_s", "ttit_s", "tokens_per_s", "peak_rss_mb",
+                "kv_bytes"} <= set(row) and row["peak_rss_mb"] > 0 for row in result["rows"])
     assert {path.name for path in folder.iterdir()} - {".lock"} == {"bench.json", "report.md", "ttft.png", "ratio.png"}
     assert json.loads((folder / "bench.json").read_text(encoding="utf-8")) == result
     for name in bench.BENCH_PICTURES:
@@ -317,15 +306,13 @@ def test_a_step_of_training_is_timed(done, llama, tmp_path, options):
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system keeps the peak of memory")
-def test_the_peak_of_memory_begins_anew(monkeypatch):
+def test_the_peak_of_memory_begins_anew():
     block = np.ones(20_000_000)  # 153 MiB
     high = refrag.peak_rss_mb()
     del block
     bench.reset_peak_memory(torch.device("cpu"))
     assert refrag.peak_rss_mb() < high - 100
-    monkeypatch.setattr(refrag.Path, "write_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))
-    bench.reset_peak_memory(torch.device("cpu"))  # not everywhere it can
-    assert refrag.peak_rss_mb() > 0 and bench.peak_device_mb(torch.device("cpu")) is None
+    assert bench.peak_device_mb(torch.device("cpu")) is None
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

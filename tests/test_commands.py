@@ -1,7 +1,5 @@
 """Sections 1 and 12: the shape of the file, the command line, and how results and errors are printed."""
 
-from __future__ import annotations
-
 import ast
 import io
 import json
@@ -410,19 +408,14 @@ def test_nothing_visible_controls_a_terminal(text):
     assert text.isprintable() <= (shown == text) and refrag.visible(HOSTILE) == SHOWN
 
 
-@pytest.fixture
-def hostile(write, tmp_path, done, llama):
-    """An index of words alone whose passage, title and id hold what a terminal obeys."""
-    corpus = write("c.jsonl", [{name: f"{name} bridges {HOSTILE}" for name in ("id", "title", "text")}])
-    done("index", "--corpus", corpus, "--index_dir", tmp_path / "index", "--retriever", "bm25", "--dec", llama)
-    return ["--index_dir", tmp_path / "index", "--question", f"bridges{HOSTILE}"]
-
-
 def obeyed(text: str) -> set[str]:
     return set(HOSTILE) & set(text) - set("[2Jred evil31mn")
 
 
-def test_people_are_shown_control_characters_and_json_keeps_them(run, hostile, llama, monkeypatch):
+def test_people_are_shown_control_characters_and_json_keeps_them(run, build, llama, monkeypatch, tmp_path):
+    """Of a passage, its title and its id, of a question and of names."""
+    build("index", [{name: f"{name} bridges {HOSTILE}" for name in ("id", "title", "text")}], "--retriever", "bm25")
+    hostile = ["--index_dir", tmp_path / "index", "--question", f"bridges{HOSTILE}"]
     _, out, err = run("search", *hostile)
     assert obeyed(out + err) == set() and out.count("\\x1b[2J") == 4 and "\\u202eevil" in out
     passage = json.loads(run("search", *hostile, "--json")[1])["passages"][0]
@@ -453,8 +446,6 @@ def trec(*results: tuple[str, list[str]]) -> str:
     ([("q 1", ["a"]), ("q_1", ["a"])], "question"), ([("1", ["a", ""])], "document"), ([("", ["a"])], "question"),
 ], ids=str)
 def test_trec_ids_are_columns_of_their_own_or_refused(results, told):
-    lines = trec(("q 1", ["a b", "c"]), ("q2", ["c", "a b"])).splitlines()
-    assert [line.split()[:4] for line in lines] == [
-        ["q_1", "Q0", "a_b", "1"], ["q_1", "Q0", "c", "2"], ["q2", "Q0", "c", "1"], ["q2", "Q0", "a_b", "2"]]
+    assert trec(("q 1", ["a b"])).startswith("q_1 Q0 a_b 1 ")
     with pytest.raises(refrag.UserError, match=f"--format trec: {told} ids that are empty, or alike"):
         trec(*results)

@@ -1,7 +1,5 @@
 """Section 4: readers of corpora and questions, their errors, and the splitting of long passages."""
 
-from __future__ import annotations
-
 import codecs
 import gzip
 import io
@@ -265,17 +263,6 @@ def test_ids_begin_with_as_much_of_the_path_as_tells_files_apart(write, tmp_path
     assert read(*(tmp_path / name for name in named)).ids == ids
 
 
-def test_a_source_keeps_its_label(write, tmp_path, monkeypatch):
-    first, second, third = (write(f"{name}/part.jsonl", '{"text": "t"}') for name in "abc")
-    got = read(first)
-    assert got.ids == ["part.jsonl:1"]
-    got = read(second, third, sources=got.sources)
-    assert got.ids == ["b/part.jsonl:1", "c/part.jsonl:1"]
-    monkeypatch.chdir(tmp_path / "b")
-    again = read("../c/part.jsonl", "part.jsonl", "../b/../a/part.jsonl", sources=got.sources)
-    assert again.ids == ["c/part.jsonl:1", "b/part.jsonl:1", "part.jsonl:1"] and again.sources == got.sources
-
-
 def test_a_folder_holds_a_document_per_text_file_and_records(write, tmp_path, capsys):
     for name, content in {
         "b.md": "# B\n\nbody\n", "a.txt": "line one\nline two\n", "deep/c.txt.gz": "zipped",
@@ -294,14 +281,6 @@ def test_a_folder_holds_a_document_per_text_file_and_records(write, tmp_path, ca
     assert got.records[0].where == str(tmp_path / "docs" / "a.txt") and got.ignored == 4
     told = capsys.readouterr().err
     assert told.startswith("files of other kinds, not read: 4 (") and "LICENSE" in told and told.count("\n") == 1
-
-
-def test_a_folder_without_files_to_read_and_a_path_that_is_not_there_are_refused(write, tmp_path):
-    write("docs/code.py", "pass")
-    write("docs/.git/a.txt", "hidden")
-    assert re.search(r"docs: the folder holds no \.txt, \.text, \.md, .*\.htm files", fault(tmp_path / "docs"))
-    unread = write("a.txt", b"\xff")
-    assert fault(unread, "nowhere.txt") == "--corpus nowhere.txt: no such file or folder"
 
 
 FAULTY = {"a.txt": b"ab\ncd\xff", "c.jsonl": b'{"text": "one"}\n{"x": 1}\n', "d.json": b'{"name": "x"}',
@@ -385,16 +364,6 @@ def test_pieces_cover_the_text_in_order_and_hold_at_most_size_tokens(case, size,
         assert shared <= overlap
         assert shared in (overlap, len(before) - 1), "less is shared only where a piece must move on"
     assert (len(spans) == 1) == (len(ends) <= size)
-
-
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 12), st.integers(0, 6))
-def test_tokens_without_characters_do_no_harm(widths, size, overlap):
-    """A byte-level tokenizer spells one character in several tokens, which all end at the same place."""
-    ends = list(itertools.accumulate(widths))
-    text = "x" * ends[-1]
-    spans = split_spans(text, ends, size, min(overlap, size // 2))
-    assert (spans[0][0], spans[-1][1]) == (0, len(text)) and len(spans) <= len(widths)
-    assert all(before[1] >= after[0] for before, after in itertools.pairwise(spans))
 
 
 def words(text: str) -> list[int]:

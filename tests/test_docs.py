@@ -1,7 +1,5 @@
 """The scripts in docs/: the proof that vectors are read, and the measurements, all scaled down."""
 
-from __future__ import annotations
-
 import gzip
 import importlib
 import json
@@ -44,10 +42,7 @@ def script(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_vectors_are_read_by_models_from_scratch(tmp_path, monkeypatch, script):
-    """A byte-level decoder of 400,000 random weights learns to say 4 to 16 bytes back from 1 to 4 vectors.
-
-    Without vectors, and with those of another text, it can only guess at letters: the difference is what was read.
-    """
+    """Of 400,000 random weights. Without vectors, or with those of another text, it can only guess at letters."""
     monkeypatch.setenv("REFRAG_HOME", str(tmp_path / "home"))
     out = script(ROOT / "docs/prove_reading.py", "--out_dir", tmp_path / "proof", "--steps", 150, "--seq_tokens", 16,
                  "--hidden", 96, "--layers", 3)
@@ -96,12 +91,6 @@ def test_a_run_is_shipped_in_half_precision(tmp_path, llama, script, write, done
 
 
 @pytest.fixture
-def reproduce(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    return importlib.import_module("reproduce")
-
-
-@pytest.fixture
 def data(write, tmp_path):
     """A data folder in small: of each set a passage for training and one for development, with a question each."""
     for name in ("squad", "nq", "multihop"):
@@ -117,7 +106,9 @@ def data(write, tmp_path):
     return tmp_path / "data"
 
 
-def test_the_commands_that_make_the_tables_are_valid(reproduce, data, tmp_path):
+def test_the_commands_that_make_the_tables_are_valid(data, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    reproduce = importlib.import_module("reproduce")
     reproduce.make_corpora(data, tmp_path)
     reproduce.make_lessons(data, tmp_path)
     for commands in (reproduce.tables(data, tmp_path), reproduce.lessons(data, tmp_path)):
@@ -138,22 +129,6 @@ def test_the_commands_that_make_the_tables_are_valid(reproduce, data, tmp_path):
         assert "train" in text and "dev" not in text
 
 
-def test_a_table_alone_needs_what_it_reads_and_no_more(reproduce, monkeypatch, tmp_path, capsys):
-    commands = reproduce.tables(Path("data"), Path("out"))
-    for only, expected in (
-            (["answers_squad_k4", "recon_reader"], ["_squad4", "answers_squad_k4", "recon_reader"]),
-            (["answers_ceiling"], ["_squad", "_lessons", "_ceiling", "answers_ceiling"]), ([], list(commands))):
-        assert list(reproduce.needed(commands, only)) == expected
-    monkeypatch.chdir(tmp_path)
-    for more, error in (([], "DATA: no squad/, nq/, multihop/, text/ there"),
-                        (["--only", "tea"], "--only tea: known are answers_squad")):
-        monkeypatch.setattr("sys.argv", ["reproduce.py", "DATA", "OUT", *more])
-        with pytest.raises(SystemExit) as stop:
-            reproduce.main()
-        assert stop.value.code == 2 and error in capsys.readouterr().err.splitlines()[-1]
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.models
 class TestMeasurements:
     """Each runs, on little, and says what is compared."""
@@ -165,10 +140,6 @@ class TestMeasurements:
             for name in names:  # a measurement may replace it: back it goes
                 monkeypatch.setattr(owner, name, getattr(owner, name))
         return lambda name, *argv: json.loads(script(ROOT / "docs" / name, *argv))
-
-    @pytest.fixture
-    def texts(self, write):
-        return write("texts.jsonl.gz", gzip.compress((ROOT / "data/wiki_passages.jsonl").read_bytes()))
 
     def test_decoding(self, measure):
         made = measure("measure.py", "decode", "--prompt", 8, "--new", 3, "--repeats", 1)
@@ -190,25 +161,8 @@ class TestMeasurements:
         assert rows["right titles"]["all_positives_minus_rule"] == "+0.000 [0.000, 0.000]"
         assert [rows[name]["own_queries"] for name in ("none", "rule", "right titles")] == [0, 0, 2]
 
-    def test_two_evaluations_question_by_question(self, measure, write, tmp_path):
-        """One has a single cell, which every cell of the other is set beside, over the two questions of both."""
-        answered = {"ceiling": [("full", 1.0, "a", 0.5), ("full", 1.0, "b", 1.0), ("full", 1.0, "z", 0.0)],
-                    "shipped": [("refrag", 0.1, "a", 0.75), ("refrag", 0.1, "b", 0.0), ("refrag", 0.1, "c", 1.0)]}
-        for name, lines in answered.items():
-            write(f"{name}/questions.jsonl", [
-                dict(zip(("mode", "p", "id", "f1"), line, strict=True)) for line in lines])
-        made = measure("measure.py", "paired", "--run", tmp_path / "ceiling", "--against", tmp_path / "shipped")
-        assert made["n"] == 2 and made["rows"] == [{"mode": "refrag", "p": "0.1", "f1": 0.375, "of_the_run": "50%",
-                                                    "f1_minus_the_run": "-0.375 [-1.000, 0.250]"}]
-
-    def test_index_types(self, measure):
-        rows = measure("measure_index.py", "faiss", "--passages", 600, "--questions", 20)["rows"]
-        assert [row["faiss"] for row in rows] == ["flat", "ivfpq", "hnsw"]
-        assert rows[0]["recall@10"] == 1 and rows[0]["bytes_per_passage"] == 4 * 384
-        assert rows[1]["recall@10"] > 0.5 and rows[2]["recall@10"] > 0.9
-        assert rows[1]["bytes_per_passage"] > 384  # a byte a number is kept to compare what was found again
-
-    def test_a_drawn_index_is_built_added_to_and_searched(self, measure, texts, tmp_path):
+    def test_a_drawn_index_is_built_added_to_and_searched(self, measure, write, tmp_path):
+        texts = write("texts.jsonl.gz", gzip.compress((ROOT / "data/wiki_passages.jsonl").read_bytes()))
         place = ["--corpus", texts, "--index_dir", tmp_path / "index"]
         built = measure("measure_index.py", "build", "--passages", 40, *place)
         added = measure("measure_index.py", "add", "--passages", 5, *place)
@@ -233,7 +187,6 @@ def test_the_python_interface_works_as_documented(tmp_path, shared, monkeypatch,
 
 
 def test_the_cluster_s_files_and_commands_fit_the_program(monkeypatch, write):
-    """Their options exist and go together; the containers that wait for each other are there."""
     monkeypatch.chdir(ROOT)
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     for service in services.values():

@@ -1,7 +1,5 @@
 """Whole documents as corpora: their text, titles and marks, what can be wrong with them, and citations by page."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import itertools
@@ -12,8 +10,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import refrag
 from refrag_extras import documents, index
@@ -197,23 +193,6 @@ def test_headings_of_markdown(text, headings):
         assert facts["heading"].split()[0] in text[place:].splitlines()[0], "a mark is where its heading begins"
 
 
-@given(st.lists(st.sampled_from(["# A", "## B", "text", "", "```", "~~~", "    # code", "Under", "===", "---"])))
-def test_marks_of_any_markdown_ascend_and_lie_outside_of_fences(lines):
-    """The oracle goes line by line, as the definition of fenced code does."""
-    text, expected, fence, place = "\n".join(lines), [], "", 0
-    for line in lines:
-        if fence:
-            fence = "" if line == fence else fence
-        elif line in ("```", "~~~"):
-            fence = line
-        elif line.startswith("#"):
-            expected.append(place)
-        place += len(line) + 1
-    marks = [place for place, _ in documents.of_markdown(text).marks]
-    fronted = text.startswith("---\n")  # front matter hides what is in it
-    assert marks == sorted(marks) and (fronted or [n for n in marks if text[n] == "#"] == expected)
-
-
 def test_the_facts_of_a_piece_are_those_of_its_first_and_last_character():
     """What comes before the first heading has none. A piece begins and ends with a character that is seen."""
     marks = [(0, {"page": 1}), (7, {"page": 2}), (12, {"page": 4})]
@@ -263,7 +242,6 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_document_is_named_and_skipped_or_ends_the_run(write, name, capsys):
-    """In a folder, and with --errors skip, the others are read; named itself, it gives an exit code and the reason."""
     content, code, told = BROKEN[name]
     path, good = write(f"docs/{name}", content), write("docs/z.pdf", FILES["a.pdf"])
     with pytest.raises(refrag.RefragError, match=re.escape(told)) as caught:

@@ -1,7 +1,5 @@
 """Section 13: metrics by hand, each control's plan, resuming, reports, and `eval` through the command line."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -515,10 +513,6 @@ class TestBadInput:
         done("index", "--corpus", corpus, "--index_dir", folder, "--retriever", "bm25", "--dec", llama)
         message = refused(2, "eval", "--task", "retrieval", "--qa", qa, "--index_dir", folder, "--modes", "dense")
         assert "--modes dense: the index at --index_dir holds only bm25" in message
-        task = evaluate.RetrievalTask(
-            refrag.EvalConfig(task="retrieval", qa=str(qa)), refrag.IndexConfig(index_dir=str(folder)),
-            refrag.SearchConfig(), refrag.ModelConfig(), refrag.RuntimeConfig())
-        assert task.cells == [("bm25", None)]
 
 
 def test_questions_of_another_index_are_refused(refused, argv, write):

@@ -1,7 +1,5 @@
 """Section 11: prefill, decode, citations, metrics, and `generate` through the command line."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

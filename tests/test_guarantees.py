@@ -120,7 +120,6 @@ def visible_renames(changes: list[list[str]]) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs the paths of open files")
 @pytest.mark.parametrize("name", WRITERS)
 def test_nothing_gets_its_name_before_it_is_on_disk(finished, name):
-    """Files, then the folders around them; the renaming is written after it."""
     changes = finished(WRITERS[name]).changes
     assert visible_renames(changes)
     for n in visible_renames(changes):
@@ -549,14 +548,6 @@ def rewrite(path: Path, change) -> None:
     safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path, metadata={"format": "pt"})
 
 
-def not_listed(folder: Path, name: str, signed: bool) -> None:
-    """Let a manifest not know of damage: made after it, or not there."""
-    if signed and (folder / name).exists():
-        sign(folder)
-    else:
-        (folder / "manifest.json").unlink()
-
-
 @pytest.mark.parametrize("kind", PARTS)
 @pytest.mark.parametrize(("name", "signed"), [("projector.safetensors", True), ("projector.safetensors", False),
                                               ("encoder.safetensors", True), ("gate.safetensors", False)])
@@ -564,19 +555,12 @@ def test_tensors_that_do_not_fit_are_named(refused, read, name, kind, signed):
     folder, argv = read("gate" if name.startswith("gate") else "checkpoint")
     spoil, code, told = PARTS[kind]
     spoil(folder / name)
-    not_listed(folder, name, signed)
+    if signed and (folder / name).exists():  # the manifest was made after the damage, or by nobody
+        sign(folder)
+    else:
+        (folder / "manifest.json").unlink()
     line = refused(code, *argv)
     assert told in line or (name.startswith("gate") and code == 5 and "train it again" in line)
-
-
-@pytest.mark.parametrize("signed", [True, False], ids=["signed", "no manifest"])
-@pytest.mark.parametrize("content", [
-    "", "[]", "\0", '{"model_type": "refrag"', '{"model_type": "refrag", "lora": "r"}'], ids=str)
-def test_a_configuration_that_cannot_be_is_damage(refused, read, content, signed):
-    folder, argv = read("checkpoint")
-    (folder / "config.json").write_text(content)
-    not_listed(folder, "config.json", signed)
-    assert f"{folder / 'config.json'} is damaged" in refused(4, *argv)
 
 
 class Malice(str):
@@ -647,7 +631,6 @@ def test_what_cannot_be_read_is_named(forks, read, artefact):
 @pytest.mark.parametrize("kind", ["missing", "truncated", "flipped"])
 @pytest.mark.parametrize("phase", ["cpt_recon", "sft"])
 def test_a_damaged_cache_is_made_again(done, line, home, tmp_path, phase, kind):
-    """Whichever file of it: the run is the same, and so is the cache."""
     argv = line(phase, tmp_path / "first", "--steps", 1)
     before = done(*argv)
     for path in [p for p in home.rglob("*") if p.is_file() and p.suffix != ".lock"]:

@@ -82,7 +82,6 @@ def test_a_changed_index_is_one_built_from_what_is_left(change, tmp_path_factory
 
 
 def test_a_document_that_got_shorter_leaves_nothing_behind(tmp_path, build):
-    """Its pieces' names are free again. And what the command reports."""
     build("i", [{"id": "a", "text": LONG}, {"id": "b", "text": "A bell."}], "--max_passage_tokens", 32, "--overlap", 8)
     assert {"a#1", "a#9", "b"} < {p.id for p in passages_of(tmp_path / "i")}
     result = build("i", [{"id": "a", "text": "A river."}, {"id": "a#9", "text": "A river."}], "--add")
@@ -176,8 +175,7 @@ def test_changing_with_other_models_is_refused(write, refused, index_dir, embedd
 
 
 def test_files_without_ids_are_followed(tmp_path, write, build):
-    """Two files of one name side by side; each again, from wherever, also as part of its folder, replaces its own. Of a
-    folder, what is changed, gone or new; what is only touched is not computed again."""
+    """Each again, from wherever, also as part of its folder, replaces its own; what is only touched is not computed."""
     for name in "ab":
         write(f"{name}/notes.txt", f"first of {name}\nsecond of {name}\n")
     build("i", tmp_path / "a/notes.txt")
@@ -222,7 +220,6 @@ def test_faiss_kind(setting, total, kind):
 
 
 def test_a_graph_grows_in_a_copy(tmp_path, change):
-    """Until the index is twice as large, or a document is gone."""
     folder = tmp_path / "index"
     _, index = change(folder, FIELDS[:60], "dense", faiss="hnsw")
     for options, rows, total, trained in (({"add": True}, FIELDS[60:100], 100, 60), ({"add": True}, FIELDS[100:120],

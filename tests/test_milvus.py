@@ -58,15 +58,6 @@ def rows(seed, count=30):
             for n in range(count)]
 
 
-@pytest.fixture
-def build(write, done, embedder, llama):
-    def call(place, records, *flags):
-        corpus = ["--corpus", write("rows.jsonl", records)] if records is not None else []
-        return done("index", "--index_dir", place, *corpus, "--embed_model", embedder, "--dec", llama, *flags)
-
-    return call
-
-
 def scores(index, found):
     return {index[row].id: score for row, score in found.items()}
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import transformers
-from conftest import CHAT_TEMPLATE
+from conftest import CHAT_TEMPLATE, ODD
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -17,9 +17,6 @@ from refrag_extras import generate
 
 KINDS = ("bpe", "wordpiece", "sentencepiece")
 WORDS = ["The Rhone leaves", " the ", "bridges", "notes on", "950", ". ", "don't", "río", "Mediterráneo"]
-ODD = ["👨‍👩‍👧", "🏳️‍🌈", "🇫🇷🇪🇸", "🙂", "👍🏽", "e\u0301", "a\u0300\u0323", "\u0301",
-       "长江", "日本語。", "한국", "ﷺ", "ﬁ", "\u200b", "\x00", "\x01\x02", "\x7f", "\ufffd", "\ufeff", "\u2028", " ",
-       "   ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "▁", "Ġ", "\U0001d518", "\U0010ffff"]
 TAGS = ["</doc>", "<doc>", '<doc id="1">', "<doc id='2'>", "< / DOC", "<\n/ doc >", "<DoC", "<documents>", "<doc_x>",
         "<", "/", "doc", ">"]
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<unk>", "[CLS]", "[SEP]", "[PAD]", "[MASK]",
@@ -62,20 +59,6 @@ def special_ids(tokenizer):
     """Ids that only a template may make; the id for unknown words comes from ordinary text too."""
     unknown = {tokenizer.unk_token_id} if tokenizer.unk_token in ("[UNK]", "<unk>") else set()
     return set(tokenizer.all_special_ids) - unknown
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@given(text=wild | st.text(alphabet="ab 长江🙂", max_size=40))
-@few
-def test_spans_cover_the_text_and_nest(loaded, kind, text):
-    """Those of 2k are unions of those of k, where k is a multiple of 4."""
-    ends = {}
-    for k in (1, 3, 4, 8, 16, 32):
-        spans = refrag.chunk_spans(text, loaded[kind], k)
-        ends[k] = [b for _, b in spans]
-        assert [a for a, _ in spans] == [0, *ends[k]][: len(spans)] and all(a < b for a, b in spans)
-        assert [0, *ends[k]][-1] == len(text)
-    assert {*ends[32]} <= {*ends[16]} <= {*ends[8]} <= {*ends[4]}
 
 
 def test_spans_of_a_100_kb_line(loaded):

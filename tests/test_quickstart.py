@@ -87,8 +87,7 @@ def test_the_accelerator_that_is_found(box, programs, accel, channel):
 
 
 def test_variables_reach_the_commands_and_unset_ones_leave_the_defaults_to_the_program(box):
-    """But for the index's --k, without which it would hold no chunk vectors. Nothing is trained, nothing changed. The
-    tests need no data."""
+    """But for the index's --k, without which it would hold no chunk vectors. The tests need no data."""
     values = {"TOPK": "5", "P": "0.1", "CTX_MAX": "2048", "MAX_NEW": "32", "K": "8", "DEC_MODEL": "some/dec"}
     plan = box.plan(**values, ENC_MODEL="my models/enc", EMBED_MODEL="some/embedder", QUESTION="Who's there?")
     index, generate = planned(plan, "refrag.py index"), planned(plan, "refrag.py generate")
@@ -113,7 +112,6 @@ def test_variables_reach_the_commands_and_unset_ones_leave_the_defaults_to_the_p
 
 
 def test_a_finished_installation_and_index_are_kept(box):
-    """One real run with a Python that only pretends to install and to index; then dry runs show what a second does."""
     python = box.tree / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     fake = 'case "$*" in *refrag.py* | *pip* | *torch*) exit 0 ;; *) exec "$REAL" "$@" ;; esac'

@@ -1,7 +1,5 @@
 """The README's commands run, on the bundled models, and its flags and files exist."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

@@ -6,7 +6,6 @@ import math
 import operator
 import re
 import shutil
-import unicodedata
 from collections import Counter
 
 import faiss
@@ -156,14 +155,6 @@ def test_equal_passages_count_once(tmp_path, write, build, ask):
 def test_word_analyzer_golden(text, terms):
     """Folded spellings, one letter and digit included, no stop words, stems; letters of unspaced scripts are words."""
     assert refrag.index_terms(text) == terms
-
-
-@given(st.text(max_size=60))
-@few
-def test_words_do_not_depend_on_the_unicode_form(text):
-    """NFC and NFD, and upper case where it folds back, are other spellings of the same words."""
-    plain = unicodedata.normalize("NFC", text)
-    assert refrag.words(unicodedata.normalize("NFD", plain)) == refrag.words(plain)
 
 
 @given(st.text("aAtsI179.,-'+#_ \n=", max_size=40))

@@ -1,7 +1,5 @@
 """The conversation, typed and piped; the server, asked by OpenAI's own client and worse; prompts for other engines."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import io

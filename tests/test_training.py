@@ -154,7 +154,6 @@ def test_another_file_or_tokenizer_is_another_cache(tmp_path, home, tokenizers, 
 
 
 def test_special_tokens_in_a_text_are_only_text(tmp_path, whole, separate):
-    """The decoder's, and the encoder's."""
     text = "one <|im_end|> two <|endoftext|><|im_start|>user [SEP] two [CLS]"
     path = str(write(tmp_path / "t.jsonl", [{"text": text}]))
     ids = cached_ids([path], whole.tokenizer)
@@ -227,8 +226,7 @@ def test_reconstruction_reads_all_vectors_then_the_mark_then_the_text(tmp_path, 
 
 
 def test_reconstruction_draws_runs_of_the_curriculums_lengths(text_lessons):
-    """1, 2, 4 or 8 chunks of 4 tokens, from anywhere in the text; first short ones, then long ones. Of a text that is
-    shorter than the drawn length, all."""
+    """1, 2, 4 or 8 chunks of 4 tokens from anywhere in the text, short ones first; of a shorter text, all."""
     lessons = text_lessons("recon", [{"tokens": list(range(100, 140))}, {"tokens": [7, 8, 9, 10, 11]}],
                            seq_tokens=40)
     first, last, *short = ([asked(lessons.draw(text, rng(n), progress).sequence) for n in range(60)]
@@ -338,7 +336,6 @@ def test_alignment_with_a_separate_encoder_cuts_at_anchors(text_lessons, separat
 
 
 def test_next_feeds_no_vector_of_a_chunk_without_tokens_of_the_decoder(text_lessons, separate):
-    """As everywhere else: such a chunk's vector would have nothing to add to."""
     rows = [{"text": f"{TEXTS[4].partition(' ')[0] * 2} {TEXTS[1]}"}]
     lessons = text_lessons("next", rows, separate, seq_tokens=512, k=(1,), **NEXT)
     sequence = lessons.draw(0, rng(), 0.0).sequence
@@ -386,13 +383,11 @@ def test_the_exam_compresses_all_has_each_length_and_repeats_nothing(text_lesson
         ("It opened on May ____, 1889, in Paris.", "31"), ("It opened on May 31, 1889, in ____.", "Paris")}),
     ("Paris is where Paris is.", set()), ("no name here. None there.", set()), (f"In {'x ' * 200} Paris.", set())])
 def test_a_name_or_number_of_a_sentence_is_left_out(text, blanks):
-    """Each of them comes; not a sentence's first word, nor what the sentence says twice, nor of a long one."""
     assert {refrag.blank_out(text, rng(seed)) for seed in range(60)} - {None} == blanks
 
 
 def test_a_blank_is_filled_from_one_of_several_passages(text_lessons, whole):
-    """The question is a sentence of the cited passage with a gap that the answer fills; the passage stands at any place
-    among others, which neighbours are more often than others; all of it is compressed, or a share stays text."""
+    """The answer fills the gap and cites its passage, at any place; all is compressed, or a share stays text."""
     rows, decoder = [{"text": text} for text in TEXTS], whole.tokenizer.decoder
     lessons, counts, places = text_lessons("cloze", rows, seq_tokens=2000, p=(0.0, 0.5)), Counter(), set()
     for number, seed in itertools.product(range(len(TEXTS)), range(20)):
@@ -488,7 +483,6 @@ def ranked(monkeypatch):
 
 @pytest.mark.parametrize("topk", [1, 6])
 def test_the_right_passage_is_shown_and_cited(lessons_on, encoder, topk):
-    """The answer, the number in the passage's tag, the end token; only this is asked."""
     lessons, answers = lessons_on(encoder=encoder, topk=topk), Counter()
     for number, seed in itertools.product(range(4), range(8)):
         item, question = lessons.draw(number, rng(seed), 0.0), QUESTIONS[number]
@@ -504,8 +498,7 @@ def test_the_right_passage_is_shown_and_cited(lessons_on, encoder, topk):
 
 
 def test_passages_come_by_rank_and_a_missed_one_somewhere(lessons_on, ranked):
-    """The right one is not found at all: it is put among the others, which lose their last. Each number from topk_min
-    to topk comes up."""
+    """One that is not found is put among the others, which lose their last; topk_min to topk in all."""
     ranked(3, 4, 5, 0, 1)
     lessons = lessons_on(topk=4, topk_min=2)
     seen = [read(lessons, lessons.draw(0, rng(seed), 0.0))[1] for seed in range(40)]
@@ -530,8 +523,7 @@ def test_a_passage_taken_away_means_no_answer(lessons_on, ranked):
 
 
 def test_a_share_of_the_questions_has_no_answer_and_those_without_a_right_passage(lessons_on, capsys):
-    """No text has the answer of one; that which another names is not in the index. Without any true answer they are
-    left out and counted."""
+    """Without any true answer they are left out and counted."""
     assert len(lessons_on([QUESTIONS[0], *({"question": q, "answers": []} for q in ("Who?", "Why?"))])) == 1
     assert ": left out 2 without answers\n" in capsys.readouterr().err
     lessons = lessons_on(no_answer_frac=0.3)
@@ -543,7 +535,6 @@ def test_a_share_of_the_questions_has_no_answer_and_those_without_a_right_passag
 
 
 def test_a_share_of_the_questions_asks_for_the_sentence(lessons_on):
-    """With an instruction of its own; the passage is named as after an answer."""
     lessons, counts = lessons_on(quote_frac=0.4), Counter()
     for seed in range(100):
         prompt, _, said = read(lessons, lessons.draw(0, rng(seed), 0.0))
@@ -588,7 +579,6 @@ def test_everything_as_text_is_the_plain_prompt(lessons_on):
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.25, 0.6])
 def test_no_more_than_a_share_of_the_context_stays_text(lessons_on, encoder, p):
-    """Of several shares one is drawn for each question."""
     lessons = lessons_on(encoder=encoder, p=(p,))
     for number, seed in itertools.product(range(4), range(4)):
         item = lessons.draw(number, rng(seed), 0.0)
@@ -625,7 +615,6 @@ def test_the_gate_chooses_the_text_as_in_use(lessons_on, index_dir, words, llama
 
 
 def test_the_gate_chooses_for_a_share_of_the_questions(lessons_on):
-    """The chosen are always the same; what is drawn differs from draw to draw."""
     lessons, chosen = (lessons_on(gate_frac=share, p=(0.25,)) for share in (0.5, 1.0))
     first = open_chunks(chosen.draw(0, rng(), 0.0))
     assert 35 <= sum(open_chunks(lessons.draw(0, rng(seed), 0.0)) == first for seed in range(100)) <= 65
@@ -658,7 +647,6 @@ def test_questions_and_answers_make_no_special_token(lessons_on):
 
 
 def test_every_chunk_is_encoded_from_its_own_text(lessons_on, encoder):
-    """As in its passage alone, but that the chunks are numbered through."""
     lessons, rows, chunks = lessons_on(encoder=encoder, p=(0.25,)), [], 0
     item = lessons.draw(0, rng(), 0.0)
     for n in read(lessons, item)[1]:
@@ -710,7 +698,6 @@ def places(*made: refrag.Step) -> list[str]:
 
 @pytest.mark.parametrize("options", [{"processes": 2}, {"grad_accum": 2}], ids=str)
 def test_passes_share_one_order(options):
-    """One process with batches of 4, two with 2 or two passes of 2 read the same in every step."""
     one = steps()
     every = [steps(batch_size=2, process=n, **options) for n in range(options.get("processes", 1))]
     for step in range(30):
@@ -720,7 +707,6 @@ def test_passes_share_one_order(options):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_steps_made_ahead_are_those_steps(workers):
-    """By a thread or by workers, from any step on, and none beyond the last."""
     plain, ahead = steps(steps=6), steps(steps=6, workers=workers)
     for first in (0, 4):
         made = list(ahead.run(first, torch.device("cpu")))
@@ -732,7 +718,6 @@ def test_steps_made_ahead_are_those_steps(workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_is_wrong_with_a_text_is_told_whoever_reads_it(workers):
-    """As the error that it is."""
     one = refrag.Steps({"qa": sized([40])}, ({"qa": 1.0}, {"qa": 1.0}), refrag.TrainConfig(
         "unused", seq_tokens=64, workers=workers), teaches=False, window=39, seed=1)
     with pytest.raises(refrag.UserError, match=r"^a sequence has 40 positions, the decoder's window is 39: lower"):
@@ -742,8 +727,7 @@ def test_what_is_wrong_with_a_text_is_told_whoever_reads_it(workers):
 
 @pytest.mark.parametrize("timed", [False, True])
 def test_kinds_are_drawn_by_their_shares_and_their_labels_weighted(timed):
-    """From one kind alone to the other, whatever shares add up to, by steps or by the clock; weights only where kinds
-    are mixed."""
+    """Whatever shares add up to, by steps or by the clock; weights only where kinds are mixed."""
     kinds = {"recon": sized([3] * 10), "qa": sized([5] * 10)}
     train = refrag.TrainConfig("unused", seq_tokens=64, steps=100, seconds=1.0 if timed else None)
     made = refrag.Steps(kinds, ({"recon": 3.0}, {"qa": 1.0}), train, teaches=False, window=None, seed=1)
@@ -783,7 +767,6 @@ def test_passes_are_of_like_size(processes, passes):
 
 
 def test_an_item_longer_than_all_passes_together_is_used():
-    """And leaves no pass empty."""
     samples = steps([*MIXED, 500], batch_size=1)
     assert len({place.split()[0] for step in range(200) for place in places(samples[step])}) == 41
     for processes in (1, 4):
@@ -933,8 +916,7 @@ def firsts(tmp_path_factory) -> dict[tuple[str, str], Path]:
 @pytest.mark.parametrize("second", PHASES)
 @pytest.mark.parametrize("first", PHASES)
 def test_every_phase_goes_on_from_every_other(train, done, firsts, tmp_path_factory, first, second):
-    """With the whole decoder or adapters in either; `generate` reads each result. Over the sixteen pairs each phase is
-    first and second with each combination."""
+    """Over the sixteen pairs each is first and second with the whole decoder and with adapters in either."""
     place = (PHASES.index(first) + 2 * PHASES.index(second)) % 4
     ways = [("full", "full"), ("lora", "full"), ("full", "lora"), ("lora", "lora")][place]
     if (first, ways[0]) not in firsts:
@@ -962,7 +944,6 @@ def check_answers(done: object, folder: Path) -> None:
 
 @pytest.mark.parametrize(("phase", "options"), [*((phase, "") for phase in PHASES), ("sft", "--lora_r 4 --lr 2e-2")])
 def test_a_few_steps_learn_a_small_text(train, tmp_path, llama, phase, options):
-    """One text, or one question: the loss of the last steps is well below that of the first."""
     one = write(tmp_path / "one.jsonl", [{"text": "The Rhone floods in May. The bells ring."}] if phase != "sft" else [
         QUESTIONS[0]])
     data = ["--rag_json", one, "--no_answer_frac", 0] if phase == "sft" else ["--train_json", one]
@@ -1009,7 +990,6 @@ def test_a_run_says_what_it_takes_to_make_it_again(train, sources, tmp_path, lla
 
 
 def test_steps_are_logged_at_the_intervals_asked_for(train, sources, tmp_path):
-    """Every third step and the last; evaluations before the first step, every fourth and after the last."""
     train("cpt_next", "run", "--steps", 8, "--log_every", 3, "--eval_every", 4, "--eval_json", sources["cpt_next"][1],
           "--eval_limit", 1)
     records = metrics(tmp_path / "run")
@@ -1041,7 +1021,6 @@ def test_the_model_card_tells_models_phases_and_results():
 
 @pytest.mark.parametrize("options", [["--lora_r", "2"], ["--train", "pe"]], ids=["lora", "frozen"])
 def test_activations_computed_again_change_nothing(train, start, monkeypatch, options):
-    """The same weights up to rounding; the decoder's layers run twice a pass instead of once."""
     marked, calls, made = refrag.mark_trained, Counter(), {}
 
     def watch(model, *rest):
@@ -1079,8 +1058,7 @@ def test_the_teacher_is_the_decoder_before_the_phase(train, tmp_path, way):
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_each_phase_with_a_separate_encoder(train, done, sources, llama, bert, tmp_path, phase):
-    """Without the residual, as in the paper, with one state per chunk; chunks of several lengths. All parts move, but
-    for BERT's pooler, which nothing reads."""
+    """As in the paper without the residual. All parts move, but for BERT's pooler, which nothing reads."""
     models = ["--dec", llama, "--enc", bert, "--projector", "mlp", "--pooling", "cls", "--k", 2, 4, 8]
     held_out = ["--eval_json", sources[phase][1], "--eval_limit", 2]
     summary = train(phase, "run", *models, *held_out, "--train", "ped", "--weight_decay", 0)
@@ -1159,8 +1137,7 @@ def test_an_evaluation_is_what_the_decoder_says(train, sources, start, tmp_path,
     ("cpt_recon", "--batch_size {}"), ("sft", "--batch_size {} --seq_tokens 128 --distill 1 --lora_r 2")],
     ids=["cpt_recon", "sft"])
 def test_two_processes_or_two_passes_are_one_large_batch(train, forks, sources, llama, tmp_path, phase, options):
-    """Four sequences a step: in one pass, in two passes, in two processes. The losses agree up to rounding. The two
-    processes then go on from their first checkpoint, to the same weights."""
+    """Four sequences a step. The two processes then go on from their first checkpoint, to the same weights."""
     given = ["--train", "ped", "--steps", 4, "--lr", "1e-3", "--log_every", 1, "--eval_json", sources[phase][1],
              "--eval_limit", 2, "--save_every", 2]
     train(phase, "one", *given, *options.format(4).split())
