@@ -464,8 +464,7 @@ def read(index_dir, finished, llama, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("artefact", ["index", "checkpoint", "gate"])
 def test_damage_to_any_file_is_named(run, refused, read, monkeypatch, artefact, kind):
-    """People may change a checkpoint's card; one without a manifest was made by another program. Of a large index the
-    sizes are compared at every opening, not the checksums."""
+    """People may change a card; a checkpoint may have no manifest. Of a large index the sizes are compared."""
     folder, argv = read(artefact)
     if artefact == "index" and kind in ("truncated", "longer"):
         monkeypatch.setattr(refrag, "READ_ALWAYS", 0)
