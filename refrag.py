@@ -1013,11 +1013,6 @@ def new_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(dumps(line) + "\n")
-
-
 def exclusive(path: Path, what: str, timeout: float = 0) -> contextlib.AbstractContextManager:
     """Take a lock file, which the system frees if the process ends. Raises LockedError."""
     try:
@@ -1091,19 +1086,9 @@ BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\
 NOT_AS_NAMED = "rename it, or leave it out"
 TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
 ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
-TEXT_FIELDS = ("text", "contents", "body", "passage")
 QUESTION_FIELDS = ("question", "query", "text")
 NAMED = 10  # bad records and files that are named one by one
 SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*")
-
-
-class Record(NamedTuple):
-    id: str
-    title: str
-    text: str
-    where: str  # file:line, in an array file:number, of a whole document the file
-    metadata: dict[str, Any]  # its other fields, and where it comes from
-    marks: Sequence[tuple[int, dict[str, Any]]] = ()  # what holds from a character of the text on, such as its page
 
 
 PLACES = {"page": "page", "slide": "slide", "sheet": "sheet", "heading": "section"}  # what marks hold: as it is called
@@ -1368,14 +1353,6 @@ def check_question(value: Any, where: str) -> str:
     question = check_string(value, "question", where)
     require(bool(question.strip()), f"{where}: the question is empty")
     return question
-
-
-def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
-    """The question, or those of the file, as {id, question, ...}. Raises UserError."""
-    require((ask.question is None) != (ask.questions is None), "name one of --question and --questions")
-    if ask.questions is not None:
-        return read_question_file(ask.questions, "--questions")
-    return [{"id": "1", "question": check_question(ask.question, "--question")}]
 
 
 def read_question_file(name: str, flag: str, needs: Collection[str] = ()) -> list[dict[str, Any]]:
@@ -2321,20 +2298,17 @@ def question_pieces(question: str, docs: Sequence[Doc]) -> list[str | Doc]:
 
 
 def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, tokenizer: RefragTokenizer,
-              index: Index | None = None, encoder: str | None = None, *, labels: Iterable[str] | None = None,
-              fit: float = math.inf, keep: int | None = None) -> list[Doc]:
+              index: Index | None = None, encoder: str | None = None, labels: Sequence[str] = ()) -> list[Doc]:
     """Documents, best first, with chunks of k tokens: those stored in the index if it has them, else cut now.
 
     contents: neutralised; rows: of the contents in the index; encoder: see `Index.chunk_table`; labels: ids for the
-    tags, default the ranks. Documents are dropped from the end until they hold `fit` encoder tokens together, but
-    neither the last one left nor that of the row `keep`.
+    tags, default the ranks.
     """
     tables = [None if index is None or row is None else index.chunk_table(row, k, encoder) for row in rows]
     cuts = iter(tokenizer.cut([content for content, table in zip(contents, tables, strict=True) if table is None], k))
-    docs = list(zip(contents, [table or ChunkTable(*next(cuts)[1:]) for table in tables], rows, strict=True))
-    while len(docs) > 1 and sum(int(table.sizes.sum()) for _, table, _ in docs) > fit:
-        docs.pop(max(i for i, (_, _, row) in enumerate(docs) if row != keep))
-    return [Doc(label, *doc) for label, doc in zip(labels or map(str, itertools.count(1)), docs, strict=False)]
+    labels = labels or [str(rank) for rank in range(1, len(rows) + 1)]
+    return [Doc(label, content, table or ChunkTable(*next(cuts)[1:]), row)
+            for label, content, table, row in zip(labels, contents, tables, rows, strict=True)]
 
 
 def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
@@ -3313,24 +3287,6 @@ def gate_input(question: str, docs: Sequence[Doc], query: np.ndarray | None, ind
     return GateInput(question, query, vectors, texts, numbers, idf, prompt, decoder, seed)
 
 
-def answer_chunks(docs: Sequence[Doc], right: Sequence[bool], answers: Sequence[str]) -> list[list[int]]:
-    """The chunks that each occurrence of an answer in a right document covers, numbered through all documents.
-
-    Case is ignored; occurrences inside a word count only in a document without others.
-    Example: "an old mill" in chunks that end at 4 and 11, answer "old mill" -> [[0, 1]]
-    """
-    spans, base = [], 0
-    for doc, is_right in zip(docs, right, strict=True):
-        for answer in answers if is_right else ():
-            plain = re.escape(answer.strip())
-            found = list(re.finditer(rf"(?<!\w){plain}(?!\w)", doc.content, re.IGNORECASE))
-            for match in found or re.finditer(plain, doc.content, re.IGNORECASE):
-                first, last = np.searchsorted(doc.chunks.ends, [match.start(), match.end() - 1], side="right")
-                spans.append(list(range(base + int(first), base + int(last) + 1)))
-        base += len(doc.chunks.ends)
-    return spans
-
-
 def cosine_scores(inputs: GateInput) -> np.ndarray:
     """(L,) cosine of question and chunk; zeros without an embedder."""
     if inputs.query is None or inputs.vectors is None:
@@ -3821,20 +3777,6 @@ def recon(texts: Texts, number: int, k: int, rng: Random, progress: float, *, en
     chunks = int(rng.choice(lengths, p=curriculum_weights(progress, len(lengths), curriculum)))
     text = texts.read(number, None if curriculum == "none" else chunks * k, rng)
     return Item(reconstruction(encoder, text.ids, text.cuts, k), text.where)
-
-
-def recon_exam(texts: Texts, numbers: Iterable[int], ks: Iterable[int],
-               encoder: ChunkEncoder) -> dict[str, list[Item]]:
-    """Held-out texts, by k and by the lengths of the curriculum."""
-    exam: dict[str, list[Item]] = {}
-    for k, chunks in [(each, length) for each in ks for length in curriculum_lengths(texts.size, each)]:
-        rng = np.random.default_rng([k, chunks])
-        for number in numbers:
-            if np.diff(texts.windows[number, 1:]) >= chunks * k:
-                text = texts.read(number, chunks * k, rng)
-                item = Item(reconstruction(encoder, text.ids, text.cuts, k), text.where)
-                exam.setdefault(f"k{k}/{chunks}", []).append(item)
-    return exam
 
 
 def following(texts: Texts, number: int, k: int, rng: Random, progress: float, *, encoder: ChunkEncoder,
@@ -4386,8 +4328,8 @@ class Trainer:
         self.tokens += step.tokens
         return {**terms, "grad_norm": float(norm), "lr": self.train.lr * factor}
 
-    def fit(self) -> dict[str, Any]:
-        log = RunLog(self.folder, self.accelerator.is_main_process, self.step)
+    def fit(self, log: Any) -> None:
+        """Train to the end, or until a signal. log: a `RunLog` of refrag_extras/runs.py."""
         self.tell_time()  # of a run that goes on
         if self.step == 0:
             log.write({"step": 0, "eval": self.evaluate()})
@@ -4418,7 +4360,6 @@ class Trainer:
                 start = time.perf_counter()  # evaluating and saving count in no throughput
                 if last:
                     break
-        return self.summary(log)
 
     def reduce(self, record: dict[str, float]) -> dict[str, float]:
         if self.accelerator.num_processes == 1:
@@ -4443,21 +4384,12 @@ class Trainer:
                     results.setdefault(name, {})[kind] = measured
         return results
 
-    def summary(self, log: RunLog) -> dict[str, Any]:
-        final = next((r["eval"] for r in reversed(log.records) if "eval" in r), {})
-        losses = [r["loss"] for r in log.records if "loss" in r]
-        return {"phase": self.facts["phase"], "steps": self.step, "loss": losses[-1] if losses else None,
-                "tokens": self.tokens, "seconds": round(self.seconds, 2),
-                "tokens_per_s": round(self.tokens / max(self.seconds, 1e-9), 1), "eval": final,
-                "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-                "checkpoint": str(self.folder / f"step-{self.step:06d}"), "peak_rss_mb": round(peak_rss_mb(), 1)}
-
     def optimizer_state(self, offload: bool) -> dict[str, Any]:
         """AdamW's state by parameter name, gathered under FSDP; offloaded, only the first process has it."""
         options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=offload)
         return state_dict.get_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, options=options)
 
-    def save(self, log: RunLog) -> None:
+    def save(self, log: Any) -> None:
         """Write a checkpoint, whole or not at all; keep the last two."""
         from refrag_extras import reports
 
@@ -4542,22 +4474,6 @@ def others_apart_first(number: int, count: int, source: Callable[[int], frozense
     own, following = source(number), [*range(number + 1, count), *range(number)]
     for apart in (True, False):
         yield from (other for other in following if own.isdisjoint(source(other)) == apart)
-
-
-class RunLog:
-    def __init__(self, folder: Path, writes: bool, step: int):
-        self.path, self.writes, self.records = folder / "metrics.jsonl", writes, []
-        for line in self.path.read_bytes().splitlines() if self.path.is_file() and step else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a killed run
-                record = json.loads(line)
-                self.records += [record] if record["step"] <= step else []
-        if writes:
-            write_atomic(self.path, "".join(dumps(record) + "\n" for record in self.records))
-
-    def write(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-        if self.writes:
-            append_line(self.path, record)
 
 
 # =============================================================================

@@ -46,6 +46,7 @@ from measure import RUNTIME, print_result
 
 import refrag
 from refrag_extras import index as writing
+from refrag_extras.corpus import Record
 
 DIM, CENTRES, TEXTS = 384, 10_000, 20_000
 
@@ -314,7 +315,7 @@ def draw_passages(args: argparse.Namespace, add: bool) -> None:
         first = len(build.previous) if build.options.add else 0
         for block in refrag.batched(range(first, first + args.passages), writing.BLOCK):
             items = [(n, texts[n % len(texts)]) for n in block]
-            yield [passage for n, item in items for passage in build.pieces(refrag.Record(
+            yield [passage for n, item in items for passage in build.pieces(Record(
                 str(n), f"{item['title']} {n}", item["text"][:1200], "", {"hundredth": n % 100}), [(0, 1200)])]
 
     def index_terms(text: str) -> list[str]:

@@ -24,6 +24,7 @@ import refrag
 from refrag_extras import reports
 from refrag_extras.doctor import index_summary
 from refrag_extras.evaluate import aligned_table, markdown_table, source_commit
+from refrag_extras.generate import read_questions
 from refrag_extras.runs import (
     describe_device,
     glibc,
@@ -272,7 +273,7 @@ def bench_curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any
 def load_benchmark(bench: refrag.BenchConfig, index: refrag.IndexConfig, models: refrag.ModelConfig,
                    runtime: refrag.RuntimeConfig) -> Benchmark:
     """Load what `bench` times, with what its result must say to be made again."""
-    [item] = refrag.read_questions(refrag.QuestionConfig(question=bench.question))
+    [item] = read_questions(refrag.QuestionConfig(question=bench.question))
     pack = refrag.PackConfig(mode="refrag" if "refrag" in bench.modes else "full", floor=0, compressed="feed")
     generate = refrag.GenerateConfig(max_new=bench.new, cite=False)
     pipeline = refrag.load_pipeline(index, refrag.SearchConfig(), pack, generate, models, runtime)

@@ -9,14 +9,24 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import refrag
-from refrag import NAMED, TEXT_FIELDS, BadRecord, Record, TextFile, check_string, kind_of, require, skipping, spelled
+from refrag import NAMED, BadRecord, TextFile, check_string, kind_of, require, skipping, spelled
 from refrag_extras import documents
 
+TEXT_FIELDS = ("text", "contents", "body", "passage")  # of several in a record, the first counts
 SENTENCE_ENDS = ".!?\u3002\uff01\uff1f"
 CorpusFile = tuple[Path, str, bool]  # path, what its ids begin with, whether it is in a folder that was named
+
+
+class Record(NamedTuple):
+    id: str
+    title: str
+    text: str
+    where: str  # file:line, in an array file:number, of a whole document the file
+    metadata: dict[str, Any]  # its other fields, and where it comes from
+    marks: Sequence[tuple[int, dict[str, Any]]] = ()  # what holds from a character of the text on, such as its page
 
 
 def parse_passage(item: dict[str, Any], where: str, default_id: str) -> Record:

@@ -27,6 +27,7 @@ import refrag
 from refrag_extras import reports
 from refrag_extras.runs import (
     FREE_TO_CHANGE,
+    append_line,
     describe_device,
     file_facts,
     finished_lines,
@@ -35,6 +36,7 @@ from refrag_extras.runs import (
     run_folder,
     run_settings,
 )
+from refrag_extras.train_gate import answer_chunks
 
 RESAMPLES = 2000  # of the bootstrap
 ONE_P = {"full": (1.0,), "none": (0.0,)}  # modes that no p changes
@@ -143,7 +145,7 @@ def answer_spans(context: refrag.Context, item: dict[str, Any], index: refrag.In
     """`answer_chunks` of a context: in positive passages, without chunks that no token starts in."""
     docs, chunks = context.docs, context.prompt.chunks
     right = [bool(index[doc.row].names & set(item["positive_ids"])) for doc in docs]
-    spans = refrag.answer_chunks(docs, right, [tokenizer.neutralize(answer) for answer in item["answers"]])
+    spans = answer_chunks(docs, right, [tokenizer.neutralize(answer) for answer in item["answers"]])
     filled = [[number for number in span if chunks[number].tokens] for span in spans]
     return [span for span in filled if span]
 
@@ -741,7 +743,7 @@ def evaluate(task: Task) -> dict[str, Any]:
                         for line in finished_lines(path, settings, "--out_dir")}
             accelerator.wait_for_everyone()  # or a slower process would find the lines of a faster one
             path = folder / (f"questions-{rank}.jsonl" if rank else "questions.jsonl")
-            write = lambda line: refrag.append_line(path, line | {"settings": settings})  # noqa: E731
+            write = lambda line: append_line(path, line | {"settings": settings})  # noqa: E731
         found = measure_lines(task, done, write)
         summary = {"task": task.options.task, "seed": task.runtime.seed, **task.results(found)}
         if folder and accelerator.is_main_process:

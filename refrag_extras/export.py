@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 
 import refrag
 from refrag_extras import vllm_engine
-from refrag_extras.generate import answering, read_prompt
+from refrag_extras.generate import answering, read_prompt, read_questions
 
 
 def run(export: refrag.ExportConfig, ask: refrag.QuestionConfig, index: refrag.IndexConfig, search: refrag.SearchConfig,
         pack: refrag.PackConfig, generate: refrag.GenerateConfig, models: refrag.ReaderConfig,
         runtime: refrag.RuntimeConfig) -> None:
     """Write the prompt of one question."""
-    questions = read_prompt(generate.prompt, ask) or refrag.read_questions(ask)
+    questions = read_prompt(generate.prompt, ask) or read_questions(ask)
     refrag.require(len(questions) == 1, "--questions: export writes one prompt, so name one question")
     runtime.require_decoder("export")
     pipeline = answering(ask, index, search, pack, generate, models, runtime)

@@ -25,7 +25,15 @@ from refrag import (
     SearchConfig,
     require,
 )
-from refrag_extras.runs import finished_lines
+from refrag_extras.runs import append_line, finished_lines
+
+
+def read_questions(ask: QuestionConfig) -> list[dict[str, Any]]:
+    """The question, or those of the file, as {id, question, ...}. Raises UserError."""
+    require((ask.question is None) != (ask.questions is None), "name one of --question and --questions")
+    if ask.questions is not None:
+        return refrag.read_question_file(ask.questions, "--questions")
+    return [{"id": "1", "question": refrag.check_question(ask.question, "--question")}]
 
 
 def read_prompt(text: str | None, ask: QuestionConfig) -> list[dict[str, Any]] | None:
@@ -119,7 +127,7 @@ def compare(pipeline: Pipeline, item: dict[str, Any], write: Callable[[str], boo
 
 def run(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: PackConfig, generate: GenerateConfig,
         models: ReaderConfig, runtime: RuntimeConfig) -> None:
-    questions = read_prompt(generate.prompt, ask) or refrag.read_questions(ask)
+    questions = read_prompt(generate.prompt, ask) or read_questions(ask)
     pipeline = answering(ask, index, search, pack, generate, models, runtime)
     many, out, results = ask.questions is not None, generate.out and Path(generate.out), []
     live = functools.partial(refrag.say, end="") if generate.stream and not runtime.json and not many else None
@@ -131,7 +139,7 @@ def run(ask: QuestionConfig, index: IndexConfig, search: SearchConfig, pack: Pac
             for result in ([compare(pipeline, batch[0], live)] if generate.compare else
                            pipeline.answer_batch(batch, writers=[live] * len(batch))):
                 if out:
-                    refrag.append_line(out, result)
+                    append_line(out, result)
                 if runtime.json:
                     results.append(result)
                 elif not out:

@@ -32,9 +32,9 @@ import pyarrow.compute as pc
 import scipy.sparse
 
 import refrag
-from refrag import Index, Record, open_columns, require
+from refrag import Index, open_columns, require
 from refrag_extras import documents
-from refrag_extras.corpus import corpus_files, read_corpus, split_spans
+from refrag_extras.corpus import Record, corpus_files, read_corpus, split_spans
 from refrag_extras.runs import glibc, process_group
 
 BLOCK = 256  # passages computed together, sorted by length inside, and rows of a record batch

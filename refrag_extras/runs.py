@@ -127,3 +127,24 @@ def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict
             raise refrag.MismatchError(f"{path} was made with another {', '.join(changed)}: name another {flag}")
     os.truncate(path, len(intact))
     return found
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(refrag.dumps(line) + "\n")
+
+
+class RunLog:
+    def __init__(self, folder: Path, writes: bool, step: int):
+        self.path, self.writes, self.records = folder / "metrics.jsonl", writes, []
+        for line in self.path.read_bytes().splitlines() if self.path.is_file() and step else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a killed run
+                record = json.loads(line)
+                self.records += [record] if record["step"] <= step else []
+        if writes:
+            refrag.write_atomic(self.path, "".join(refrag.dumps(record) + "\n" for record in self.records))
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        if self.writes:
+            append_line(self.path, record)

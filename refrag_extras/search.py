@@ -8,6 +8,7 @@ from typing import Any
 
 import refrag
 from refrag import require
+from refrag_extras.generate import read_questions
 
 
 def trec_text(results: Sequence[dict[str, Any]]) -> str:
@@ -40,7 +41,7 @@ def search_text(result: dict[str, Any]) -> str:
 
 def run(index: refrag.IndexConfig, ask: refrag.QuestionConfig, search: refrag.SearchConfig, form: refrag.FormatConfig,
         runtime: refrag.RuntimeConfig) -> None:
-    questions = refrag.read_questions(ask)
+    questions = read_questions(ask)
     searcher = refrag.load_searcher(index, search, runtime)
     results = [{"id": q["id"], "question": q["question"],
                 "passages": searcher.search(q["question"], search.topk, search.hops, search.where)}

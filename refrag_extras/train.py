@@ -8,7 +8,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,20 @@ from refrag import (
 from refrag_extras import reports, runs
 
 
+def recon_exam(texts: refrag.Texts, numbers: Iterable[int], ks: Iterable[int],
+               encoder: refrag.ChunkEncoder) -> dict[str, list[refrag.Item]]:
+    """Held-out texts, by k and by the lengths of the curriculum."""
+    exam: dict[str, list[refrag.Item]] = {}
+    for k, chunks in [(each, length) for each in ks for length in refrag.curriculum_lengths(texts.size, each)]:
+        rng = np.random.default_rng([k, chunks])
+        for number in numbers:
+            if np.diff(texts.windows[number, 1:]) >= chunks * k:
+                text = texts.read(number, chunks * k, rng)
+                item = refrag.Item(refrag.reconstruction(encoder, text.ids, text.cuts, k), text.where)
+                exam.setdefault(f"k{k}/{chunks}", []).append(item)
+    return exam
+
+
 def text_kinds(names: Sequence[str], given: dict[type, Any], encoder: refrag.ChunkEncoder) -> dict[str, Kind]:
     """Lessons over texts. given: options by class. Raises UserError if every text is too short."""
     train, after, answers, mix = (given.get(cls) for cls in (TrainConfig, NextConfig, AnswersConfig, MixConfig))
@@ -59,7 +73,7 @@ def text_kinds(names: Sequence[str], given: dict[type, Any], encoder: refrag.Chu
         make, exam = functools.partial(makers[name], encoder=encoder), {}
         for held_out in sources[1:]:
             numbers = refrag.sample_evenly(range(len(held_out)), train.eval_limit)
-            exam = refrag.recon_exam(held_out, numbers, ks, encoder) if name == "recon" else {
+            exam = recon_exam(held_out, numbers, ks, encoder) if name == "recon" else {
                 f"k{k}": [make(held_out, number, k, np.random.default_rng([0, i]), 1.0)
                           for i, number in enumerate(numbers)] for k in ks}
         kinds[name] = Kind(len(sources[0]), functools.partial(make, sources[0]), exam)
@@ -128,6 +142,17 @@ def lesson_kinds(names: Sequence[str], given: dict[type, Any], model: refrag.Ref
     return kinds
 
 
+def summarise(trainer: refrag.Trainer, log: runs.RunLog) -> dict[str, Any]:
+    final = next((r["eval"] for r in reversed(log.records) if "eval" in r), {})
+    losses = [r["loss"] for r in log.records if "loss" in r]
+    return {"phase": trainer.facts["phase"], "steps": trainer.step, "loss": losses[-1] if losses else None,
+            "tokens": trainer.tokens, "seconds": round(trainer.seconds, 2),
+            "tokens_per_s": round(trainer.tokens / max(trainer.seconds, 1e-9), 1), "eval": final,
+            "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            "checkpoint": str(trainer.folder / f"step-{trainer.step:06d}"),
+            "peak_rss_mb": round(refrag.peak_rss_mb(), 1)}
+
+
 def run(name: str, *configs: refrag.Options) -> None:
     """Run or continue a training phase and print its summary. configs: of its command."""
     given = {cls: cls() for cls in (ReconConfig, NextConfig, AnswersConfig, SearchConfig)} | {
@@ -154,9 +179,8 @@ def run(name: str, *configs: refrag.Options) -> None:
         refrag.mark_trained(model, train.train, train.lora_r)
         steps = refrag.Steps(kinds, shares, train, teaches=bool(weights["kl"]), window=model.window,
                              processes=accelerator.num_processes, process=accelerator.process_index, seed=runtime.seed)
-        trained = train.train + (f" (LoRA {train.lora_r})" if train.lora_r else "")
-        data = runs.without_folders(facts["data"])
-        entry = {"phase": name, "train": trained, "device": facts["device"], "data": data}
+        entry = {"phase": name, "train": train.train + (f" (LoRA {train.lora_r})" if train.lora_r else ""),
+                 "device": facts["device"], "data": runs.without_folders(facts["data"])}
         trainer = refrag.Trainer(model, steps, weights, accelerator, teacher, entry)
         if checkpoint:
             trainer.restore(checkpoint)
@@ -165,5 +189,7 @@ def run(name: str, *configs: refrag.Options) -> None:
             refrag.write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
         if accelerator.device.type == "cpu":
             runs.keep_memory()
-        summary = trainer.fit()
+        log = runs.RunLog(folder, accelerator.is_main_process, trainer.step)
+        trainer.fit(log)
+        summary = summarise(trainer, log)
     refrag.emit(summary, runtime, reports.training_text(summary))

@@ -4,6 +4,7 @@ with `train_policy`: reading those questions, writing the checkpoint."""
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -99,6 +100,24 @@ class GateData(NamedTuple):
     held_out: list[GateExample]
 
 
+def answer_chunks(docs: Sequence[refrag.Doc], right: Sequence[bool], answers: Sequence[str]) -> list[list[int]]:
+    """The chunks that each occurrence of an answer in a right document covers, numbered through all documents.
+
+    Case is ignored; occurrences inside a word count only in a document without others.
+    Example: "an old mill" in chunks that end at 4 and 11, answer "old mill" -> [[0, 1]]
+    """
+    spans, base = [], 0
+    for doc, is_right in zip(docs, right, strict=True):
+        for answer in answers if is_right else ():
+            plain = re.escape(answer.strip())
+            found = list(re.finditer(rf"(?<!\w){plain}(?!\w)", doc.content, re.IGNORECASE))
+            for match in found or re.finditer(plain, doc.content, re.IGNORECASE):
+                first, last = np.searchsorted(doc.chunks.ends, [match.start(), match.end() - 1], side="right")
+                spans.append(list(range(base + int(first), base + int(last) + 1)))
+        base += len(doc.chunks.ends)
+    return spans
+
+
 def gate_examples(questions: list[refrag.Retrieved], index: refrag.Index, chunking: refrag.Chunking,
                   topk: int) -> list[GateExample]:
     """Examples of the questions for which a right passage with an answer was retrieved."""
@@ -108,7 +127,7 @@ def gate_examples(questions: list[refrag.Retrieved], index: refrag.Index, chunki
         contents = [chunking.tokenizer.neutralize(index[row].content) for row in rows]
         docs = refrag.make_docs(contents, rows, chunking.k, chunking.tokenizer, index)
         right = [bool(index[row].names & set(item["positive_ids"])) for row in rows]
-        spans = refrag.answer_chunks(docs, right, item["answers"])
+        spans = answer_chunks(docs, right, item["answers"])
         if spans:
             inputs = refrag.gate_input(item["question"], docs, query, index)
             sizes = np.concatenate([doc.chunks.sizes for doc in docs]).astype(np.int64)

@@ -17,7 +17,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import refrag
-from refrag_extras.corpus import read_corpus, split_spans
+from refrag_extras import generate
+from refrag_extras.corpus import Record, read_corpus, split_spans
 
 BOM = b"\xef\xbb\xbf"
 CJK = "\u957f\u6c5f"
@@ -55,7 +56,7 @@ def stdin(monkeypatch):
 @pytest.mark.parametrize("name", ["c.txt", "c.txt.gz"])
 def test_text_lines_are_passages_with_file_and_line_as_ids(write, tmp_path, name):
     got = read(write(name, f"one\n\n  \t \nfour {CJK}\n"))
-    assert got.records == [refrag.Record(f"{name}:{line}", "", text, f"{tmp_path / name}:{line}", {"path": name})
+    assert got.records == [Record(f"{name}:{line}", "", text, f"{tmp_path / name}:{line}", {"path": name})
                            for line, text in ((1, "one"), (4, f"four {CJK}"))]
     assert (got.skipped, got.replaced) == (0, 0)
 
@@ -388,7 +389,7 @@ def test_a_piece_ends_after_a_sentence_in_its_last_quarter(text, size, overlap, 
 
 
 def ask(question: str | None = None, questions: object = None) -> list[dict]:
-    return refrag.read_questions(refrag.QuestionConfig(question, None if questions is None else str(questions)))
+    return generate.read_questions(refrag.QuestionConfig(question, None if questions is None else str(questions)))
 
 
 @pytest.mark.parametrize("name", ["q.jsonl", "q.jsonl.gz"])

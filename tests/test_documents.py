@@ -13,7 +13,7 @@ import pytest
 
 import refrag
 from refrag_extras import documents, index
-from refrag_extras.corpus import read_corpus
+from refrag_extras.corpus import Record, read_corpus
 
 RIVER, BELLS, NOTES = "The Rhone leaves Lake Geneva.", "Smiths in the valley cast bells.", "Ada wrote the notes."
 OFFICE = "http://schemas.openxmlformats.org"
@@ -132,7 +132,7 @@ FILES = {
 }
 
 
-def read(*paths: object, **options: object) -> tuple[list[refrag.Record], dict[str, int]]:
+def read(*paths: object, **options: object) -> tuple[list[Record], dict[str, int]]:
     counts = {"skipped": 0, "replaced": 0}
     return list(read_corpus(refrag.CorpusConfig(tuple(map(str, paths)), **options), counts)), counts
 
@@ -193,11 +193,11 @@ def test_headings_of_markdown(text, headings):
 def test_the_facts_of_a_piece_are_those_of_its_first_and_last_character():
     """What comes before the first heading has none. A piece begins and ends with a character that is seen."""
     marks = [(0, {"page": 1}), (7, {"page": 2}), (12, {"page": 4})]
-    record = refrag.Record("a", "", "x" * 20, "", {"path": "a"}, marks)
+    record = Record("a", "", "x" * 20, "", {"path": "a"}, marks)
     for span, facts in (((0, 5), {"page": 1}), ((2, 9), {"page": 1, "last_page": 2}), ((7, 9), {"page": 2}),
                         ((5, 7), {"page": 1}), ((8, 20), {"page": 2, "last_page": 4})):
         assert json.loads(index.piece_facts(record, *span)) == {"path": "a"} | facts
-    record = refrag.Record("a", "", "intro\n# A", "", {}, [(6, {"heading": "A"})])
+    record = Record("a", "", "intro\n# A", "", {}, [(6, {"heading": "A"})])
     assert index.piece_facts(record, 0, 5) == index.piece_facts(record, 0, 9) == ""
     assert json.loads(index.piece_facts(record, 6, 9)) == {"heading": "A"}
     assert [index.trimmed("a\n\n b \n", *span) for span in ((1, 7), (0, 4), (3, 5))] == [(4, 5), (0, 1), (4, 5)]
