@@ -69,9 +69,8 @@ def test_the_results_page_is_what_its_files_say(script, write):
     script(docs / "make_results.py", "--check", status=1)
 
 
-@pytest.fixture
-def data(write, tmp_path):
-    """A data folder in small: of each set a passage for training and one for development, with a question each."""
+def test_the_commands_that_make_the_tables_are_valid(write, tmp_path, monkeypatch):
+    """Over data in small: of each set a passage for training and one for development, with a question each."""
     for name in ("squad", "nq", "multihop"):
         passages = [{"id": f"{name}:{split}", "title": "A", "text": f"It is {split}.", "split": split}
                     for split in ("train", "dev")]
@@ -82,12 +81,9 @@ def data(write, tmp_path):
                 "".join(json.dumps(row) + "\n" for row in rows).encode()))
     for name in ("wiki_squad_train_articles", "wikitext2.valid", "books.train"):
         write(f"data/text/{name}.jsonl.gz", gzip.compress(b'{"text": "A text."}\n'))
-    return tmp_path / "data"
-
-
-def test_the_commands_that_make_the_tables_are_valid(data, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     reproduce = importlib.import_module("reproduce")
+    data = tmp_path / "data"
     reproduce.make_corpora(data, tmp_path)
     reproduce.make_lessons(data, tmp_path)
     for commands in (reproduce.tables(data, tmp_path), reproduce.lessons(data, tmp_path)):

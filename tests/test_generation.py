@@ -244,11 +244,6 @@ class TestStream:
         assert result["ended"] and result["metrics"]["new_tokens"] < 12
         assert tiny.answer(PROMPT, max_new=12, stop=stops)["answer"] == result["answer"], "the same without a stream"
 
-    def test_the_reader_can_end_an_answer(self, tiny):
-        full = tiny.answer(PROMPT, max_new=12)
-        cut = tiny.answer(PROMPT, lambda text: True, max_new=12)
-        assert cut["metrics"]["new_tokens"] < full["metrics"]["new_tokens"] and not cut["ended"]
-
     def test_a_citation_at_the_end_is_streamed_once_it_is_settled(self, tokenizers):
         assert "".join(stream(tokenizers, "Ulm [1] and Bonn [2]", last="")[0]) == "Ulm [1] and Bonn"
         pieces, _ = stream(tokenizers, "Ulm [1] and Bonn [2]", last="Ulm [1] and Bonn [3]")

@@ -69,13 +69,17 @@ def test_the_curriculum_is_the_published_one():
     assert np.ptp(ratios, axis=1).max() < 1e-9 and (np.diff(ratios[:, 0]) > -1e-9).all()
 
 
-@pytest.mark.parametrize("kind", ["paper", "even"])
-def test_the_mixture_moves_from_short_texts_to_long_ones(kind):
-    """In the end half of the samples are of the longest three of nine kinds, two in a hundred of the shortest."""
+@pytest.mark.parametrize(("kind", "lengths"), [("paper", refrag.curriculum_table(9).sum(0)), ("even", np.ones(9))])
+def test_the_mixture_moves_from_short_texts_to_long_ones(kind, lengths):
+    """In the end half of the samples are of the longest three of nine kinds, two in a hundred of the shortest. Stages
+    are even, or as long as their samples."""
     weights = np.stack([refrag.curriculum_weights(p, 9, kind) for p in np.linspace(0, 0.999, 50)])
     assert weights.sum(1) == pytest.approx(np.ones(50)) and (weights > 0.01).all()  # nothing learned is left out
     assert weights[0, 0] > 0.5 and (np.diff(weights @ 2 ** np.arange(9)) > -1e-9).all()
     assert weights[-1, -3:].sum() > 0.5 and weights[-1, 0] == pytest.approx(0.02, abs=0.005)
+    for end in (np.cumsum(lengths) / lengths.sum())[:-1]:
+        before, after = (refrag.curriculum_weights(end + step, 9, kind) for step in (-1e-6, 1e-6))
+        assert (before != after).any()
     assert refrag.curriculum_weights(0.5, 1, kind).tolist() == [1]
     assert refrag.curriculum_weights(0.5, 4, "none").tolist() == [0, 0, 0, 1]
 
@@ -740,6 +744,20 @@ def test_seeds_steps_and_draws_differ():
             assert len({chance for _, chance, _ in drawn}) == 60 and len(set(orders[-1])) > 20
     assert len(set(orders)) == 9
     assert {place.split()[2] for place in places(steps(steps=8)[6])} == {"0.7500"}  # the share of the steps
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("passes", [1, 4])
+def test_passes_are_of_like_size(processes, passes):
+    """As many as --grad_accum says; each process has a part in every one, of --batch_size and some items more."""
+    samples = steps(batch_size=16 // passes, grad_accum=passes, processes=processes)
+    for step in range(30):
+        made = refrag.share_out(samples.items(step), processes, samples.positions)
+        assert 0 <= sum(item.positions for items in made for item in items) - 16 * 64 * processes < 64
+        assert len(made) == passes
+        for items in made:
+            for own in (items[process::processes] for process in range(processes)):
+                assert own and abs(sum(item.positions for item in own) - 16 * 64 // passes) <= 2 * 64
 
 
 def test_an_item_longer_than_all_passes_together_is_used():
