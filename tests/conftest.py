@@ -261,6 +261,13 @@ def index_dir(tmp_path_factory, corpus, embedder, llama) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny(index_dir, llama) -> list[str]:
+    """Options with which the tiny models answer over the small index."""
+    return ["--index_dir", str(index_dir), "--dec", str(llama), "--enc", "decoder:2", "--max_new", "6", "--topk", "2",
+            "--compressed", "feed", "--p", "0.25", "--floor", "0", "--threads", "1"]
+
+
 def passages_of(folder):
     return list(refrag.open_index(str(folder)))
 

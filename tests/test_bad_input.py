@@ -103,14 +103,9 @@ def test_a_bad_file_is_refused(run, refused, line, finished, write, tmp_path, co
 
 
 def test_the_texts_of_two_files_are_named_by_their_own_file(refused, line, write, tmp_path):
-    """And those of a copy, which is cut into tokens once, by the name that was given."""
     names = [write("good.jsonl", [{"text": LONG}]), write("bad.jsonl", [{"text": LONG}, {"text": None}])]
     argv = line("cpt_next", tmp_path / "out", "--train_json", *names)
     assert f"{names[1]}:2: text must be a string" in refused(2, *argv)
-    for name in ("first.jsonl", "second.jsonl"):
-        path = write(name, [{"text": "ab"}])
-        argv = line("cpt_recon", tmp_path / "out", "--train_json", path)
-        assert f"{path}: every text is shorter" in refused(2, *argv)
 
 
 def test_no_half_of_a_damaged_file_stays_in_the_cache_or_none_can_be_made(refused, done, line, write, home, tmp_path,

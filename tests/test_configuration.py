@@ -34,14 +34,6 @@ def several(f: dataclasses.Field) -> bool:
     return isinstance(f.default, tuple)
 
 
-@pytest.mark.parametrize("name", refrag.COMMANDS)
-def test_a_command_defines_every_option_once_and_has_the_common_ones(name):
-    assert refrag.config_fields(refrag.COMMANDS[name].configs).keys() >= {
-        "device", "dtype", "threads", "seed", "json", "quiet", "offline", "debug", "config"}
-    with pytest.raises(AssertionError, match="topk is defined twice"):
-        refrag.config_fields((refrag.SearchConfig, refrag.SearchConfig))
-
-
 @pytest.mark.parametrize(("cls", "f"), options())
 def test_an_option_has_one_line_of_help_and_a_default_of_its_type_that_passes(cls, f):
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -166,16 +166,13 @@ def test_the_lines_of_a_page_end_as_in_any_text_and_warnings_stay_inside(write, 
     assert RIVER in half.text
 
 
-def test_a_zipped_document_is_read_and_small_or_large_letters_are_the_same(write):
+def test_a_zipped_document_small_and_large_letters_and_a_title_that_says_nothing(write):
     write("docs/a.PDF.gz", gzip.compress(FILES["a.pdf"]))
     write("docs/b.Html", PAGE)
     found, _ = read(write("docs/c.txt", "text").parent)
     assert [(r.id, r.title) for r in found] == [("docs/a.PDF.gz", "Of rivers and bells"),
                                                 ("docs/b.Html", "Of rivers\n and bells".replace("\n", "")),
                                                 ("docs/c.txt", "c")]
-
-
-def test_a_title_that_says_nothing_gives_way_to_the_name(write):
     for title in ("", " ", "Untitled 1", "Microsoft Word - draft.doc", "report.docx"):
         assert read(write("rivers.pdf", pdf(RIVER, title=title)))[0][0].title == "rivers", title
 

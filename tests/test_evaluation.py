@@ -519,9 +519,3 @@ def test_questions_of_another_index_are_refused(refused, argv, write):
     path = write("other.jsonl", [q | {"positive_ids": ["elsewhere"]} for q in QUESTIONS])
     for task in ("qa", "retrieval", "gate"):
         assert "none of the questions' positive_ids" in refused(5, *argv, "--qa", path, "--task", task)
-
-
-def test_text_output_is_the_table(run, argv):
-    code, out, _ = run(*argv, "--modes", "none", "--limit", 1)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
-    assert code == 0 and rows[0][:4] == ["mode", "p", "EM", "F1"] and rows[2][:2] == ["none", "0"]

@@ -277,7 +277,6 @@ class Liking:
 
 
 def test_a_policy_learns_what_is_rewarded_within_its_budget():
-    """The liked chunk has a vector of its own kind."""
     examples = []
     for seed in range(20):
         inputs, columns = random_batch(10, [0] * 10, seed)
@@ -354,13 +353,6 @@ def test_explain_where_the_gate_chooses_nothing(done, asking, flags, reasons):
     assert result["settings"]["gate"] == "blend", "auto: the shipped gate does not know this embedder"
 
 
-def test_train_policy_writes_a_policy_that_generate_uses(train, done, refused, asking, tmp_path):
-    assert train("policy", "--steps", "2", "--batch_size", "1", "--group", "2")["records"][-1]["step"] == 2
-    argv = [*asking, "--load_dir", tmp_path / "made", "--p", ".2", "--gate"]
-    assert done(*argv, "policy")["settings"]["gate"] == "policy"
-    assert "train_gate" in refused(2, *argv, "learned")
-
-
 def test_rewards_are_the_answers_log_probability(llama, index_dir, files):
     """By a plain forward over the prompt with these chunks alone and the answer: the projector is untrained."""
     runtime = refrag.RuntimeConfig(device="cpu", quiet=True)
@@ -404,12 +396,13 @@ def test_a_gate_is_written_beside_the_shipped_reader(train, recon, tmp_path, mon
     assert {part for part, _ in tensors(tmp_path / "bare")} == {"gate"}
 
 
-def test_gate_policy_and_phases_compose(train, recon, tmp_path):
-    """Recon, then gate, then policy, then recon again: each part stays as it was but the one that is trained."""
+def test_gate_policy_and_phases_compose(train, recon, done, refused, asking, tmp_path):
     recon("r1")
     train("gate", "--epochs", "1", "--load_dir", tmp_path / "r1", out="g")
     train("policy", "--steps", "1", "--load_dir", tmp_path / "g", out="p")
     last = recon("r2", "--load_dir", tmp_path / "p")
+    assert done(*asking, "--load_dir", last, "--p", ".2", "--gate", "policy")["settings"]["gate"] == "policy"
+    assert "train_gate" in refused(2, *asking, "--load_dir", tmp_path / "r1", "--p", ".2", "--gate", "learned")
     stages = [tensors(folder) for folder in (tmp_path / "r1/step-000002", tmp_path / "g", tmp_path / "p", last)]
     parts = ["projector", "gate", "policy"]
     assert [{part for part, _ in stage} for stage in stages] == [set(parts[:n]) for n in (1, 2, 3, 3)]
@@ -420,13 +413,11 @@ def test_gate_policy_and_phases_compose(train, recon, tmp_path):
     assert [entry["phase"] for entry in history] == ["cpt_recon", "train_gate", "train_policy", "cpt_recon"]
 
 
-def test_a_gate_of_another_embedder_width_or_features_is_refused(train, done, refused, asking, corpus, other_embedder,
-                                                                 llama, tmp_path):
+def test_a_gate_of_another_embedder_width_or_features_is_refused(train, build, refused, asking, corpus, other_embedder,
+                                                                 tmp_path):
     train("gate", "--epochs", "1")
-    index = ["--index_dir", tmp_path / "other"]
-    done("index", "--corpus", corpus, *index, "--embed_model", other_embedder, "--dec", llama, "--enc", "decoder:2",
-         "--k", 4)
-    assert "--gate blend" in refused(5, *asking, "--load_dir", tmp_path / "made", *index)
+    build("other", corpus, "--embed_model", other_embedder, "--enc", "decoder:2", "--k", 4)
+    assert "--gate blend" in refused(5, *asking, "--load_dir", tmp_path / "made", "--index_dir", tmp_path / "other")
     model = refrag.RefragModel.from_pretrained(tmp_path / "made")
     facts, state = model.config.gate, model.carried["gate"]
     built = types.SimpleNamespace(fingerprint=facts["embedder_fingerprint"], name=facts["embedder"])
@@ -441,13 +432,10 @@ def test_a_gate_of_another_embedder_width_or_features_is_refused(train, done, re
 @pytest.mark.parametrize(("built", "code", "told"), [
     (["--retriever", "bm25"], 2, "--retriever hybrid"), (["--enc", "BERT"], 5, "--enc"),
     (["--enc", "decoder:2", "--k", "2"], 2, "--k 4: the index's chunks of 2 tokens do not make chunks of 4")])
-def test_an_index_that_does_not_serve(done, refused, command, corpus, llama, embedder, bert, tmp_path, built, code,
-                                     told):
-    """Without vectors, of another tokenizer, with chunks that make none of four tokens with whole characters."""
-    flags = [bert if flag == "BERT" else flag for flag in built]
-    index = ["--index_dir", tmp_path / "other"]
-    done("index", "--corpus", corpus, *index, "--dec", llama, "--embed_model", embedder, *flags)
-    assert told in refused(code, *command("gate", *index)) and not (tmp_path / "made").exists()
+def test_an_index_that_does_not_serve(build, refused, command, corpus, bert, tmp_path, built, code, told):
+    build("other", corpus, *(bert if flag == "BERT" else flag for flag in built))
+    message = refused(code, *command("gate", "--index_dir", tmp_path / "other"))
+    assert told in message and not (tmp_path / "made").exists()
 
 
 @pytest.mark.models

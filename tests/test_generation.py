@@ -189,13 +189,6 @@ class TestDecoding:
         assert pipeline.answer(PROMPT)["metrics"]["new_tokens"] > 0
         assert pipeline.answer(PROMPT, stop_tokens=stops)["metrics"]["new_tokens"] == 0
 
-    def test_times_by_a_fake_clock(self, tiny):
-        """Tokens sampled at 10, 11, 12, ..: the time between tokens is 1 whatever the machine does."""
-        out, reading = refrag.Decoded([5, 6, 7], [10.0, 11.0, 12.0, 13.0], True), read(tiny)
-        reading.seconds = {"retrieve_s": 1.0, "gate_s": 2.0, "vectors_s": 3.0, "pack_s": 4.0, "prefill_s": 5.0}
-        metrics = tiny.metrics(reading, out, 0)
-        assert (metrics["ttit_s"], metrics["tokens_per_s"], metrics["ttft_s"]) == (1.0, 1.0, 15.0)
-
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     @pytest.mark.parametrize("spoiled", [math.nan, math.inf, -math.inf])
     def test_logits_that_are_no_numbers_are_an_error(self, llama, spoiled, temperature):
@@ -250,11 +243,6 @@ class TestStream:
         assert result["answer"] == full[: full.index(stops[1])].rstrip() == "".join(pieces)
         assert result["ended"] and result["metrics"]["new_tokens"] < 12
         assert tiny.answer(PROMPT, max_new=12, stop=stops)["answer"] == result["answer"], "the same without a stream"
-
-    def test_the_reader_can_end_an_answer(self, tiny):
-        full = tiny.answer(PROMPT, max_new=12)
-        cut = tiny.answer(PROMPT, lambda text: True, max_new=12)
-        assert cut["metrics"]["new_tokens"] < full["metrics"]["new_tokens"] and not cut["ended"]
 
     def test_a_citation_at_the_end_is_streamed_once_it_is_settled(self, tokenizers):
         assert "".join(stream(tokenizers, "Ulm [1] and Bonn [2]", last="")[0]) == "Ulm [1] and Bonn"
@@ -345,13 +333,6 @@ class TestCitations:
         options = {label: tokenizer(f"{label}]", add_special_tokens=False)["input_ids"][0] for label in "abc"}
         assert len(set(options.values())) == 3
         assert chosen == max(options, key=lambda label: float(last[options[label]]))
-
-    def test_no_citation_is_longer_than_its_room(self, tiny):
-        """Ids that are alike for a hundred tokens are not told apart to the last one."""
-        labels, fed = ["q" * 100 + "a", "q" * 100 + "bb"], []
-        chosen = refrag.choose_citation(lambda tokens, allowed: fed.extend(tokens) or allowed[0],
-                                        tiny.tokenizer.decoder, labels)
-        assert chosen == labels[0] and 2 < len(fed) <= refrag.CITATION_TOKENS
 
     def test_the_window_has_room_for_a_citation_that_is_chosen(self, llama):
         """Prompt and answer end at the window's last position."""

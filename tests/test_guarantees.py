@@ -201,7 +201,6 @@ def records(changes: list[list[str]], step: int) -> int:
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_run_that_is_stopped_saves_and_goes_on(forks, finished, line, tmp_path, phase):
-    """Between two checkpoints: the step is finished and saved; the rest is as if nothing had been."""
     whole, out = finished(Writer(phase, None, True)), tmp_path / "out"
     code = forks.run(line(phase, out), tmp_path, {records(whole.changes, 3): PHASES[phase]})
     assert (code, forks.err) == (SIGNALS[PHASES[phase]], "error: interrupted\n")
@@ -303,7 +302,6 @@ def two_blocks(tmp_path_factory, forks, line) -> Path:
 @pytest.mark.parametrize(("change", "computed"), [("nothing", 44), ("some texts", 44 + 111), ("k", 300),
                                                   ("damage", 300)])
 def test_an_index_that_was_stopped_computes_nothing_twice(forks, line, two_blocks, tmp_path, change, computed):
-    """If the same models made it, and it is whole; whatever else the corpus holds now."""
     out = shutil.copytree(two_blocks / "stopped", tmp_path / "out")
     corpus = Path(shutil.copy(two_blocks / "corpus.jsonl", tmp_path))
     if change == "some texts":
@@ -464,8 +462,7 @@ def read(index_dir, finished, llama, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("artefact", ["index", "checkpoint", "gate"])
 def test_damage_to_any_file_is_named(run, refused, read, monkeypatch, artefact, kind):
-    """People may change a checkpoint's card; one without a manifest was made by another program. Of a large index the
-    sizes are compared at every opening, not the checksums."""
+    """People may change a card; a checkpoint may have no manifest. Of a large index the sizes are compared."""
     folder, argv = read(artefact)
     if artefact == "index" and kind in ("truncated", "longer"):
         monkeypatch.setattr(refrag, "READ_ALWAYS", 0)
@@ -583,7 +580,6 @@ def malice(tmp_path) -> bytes:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_no_pickle_is_ever_read(run, refused, read, write, llama, malice):
-    """Neither as a checkpoint, nor in one under whatever name, nor as a column of an index, nor as a model."""
     folder, argv = read("checkpoint")
     for name in ("projector.bin", "trainer.pt", "pytorch_model.bin"):
         (folder / name).write_bytes(malice)
@@ -669,7 +665,6 @@ def unfinished(finished, tmp_path) -> Path:
     ("trainer.json", "flipped"), ("config.json", "truncated"), ("manifest.json", "missing"),
     ("manifest.json", "version")])
 def test_a_damaged_checkpoint_is_passed_over(run, finished, line, tmp_path, name, kind):
-    """The one before it is as good, and it is told; the run ends where it would have ended."""
     folder = shutil.copytree(finished(WRITERS["cpt_recon"]).folder, tmp_path / "run")
     if kind == "version":
         sign(folder / "step-000005", version=99)
@@ -745,7 +740,6 @@ TAILS = [b'{"step": 4, "lo', b"\0" * 99 + b"}\n", b"\xff\xfe\n", b'{"loss": 1}\n
 @pytest.mark.parametrize("left", [
     "nothing", "empty", "run.json", "step 4", "moved", "half", "other intervals", "no log", *TAILS], ids=str)
 def test_a_run_goes_on_from_whatever_was_left(done, finished, line, unfinished, left):
-    """As if it had not been stopped: half a line, half a checkpoint, another place, other intervals of saving."""
     whole, more = finished(WRITERS["cpt_recon"]).folder, []
     if left in ("empty", "run.json"):
         for path in unfinished.glob("*" if left == "empty" else "step-*"):

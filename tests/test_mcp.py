@@ -18,13 +18,6 @@ QUESTION = "Where do smiths cast bells?"
 RIVER = " ".join(f"Bridge {n} of the Rhone was built by masons of guild {n * 7}." for n in range(20))
 
 
-@pytest.fixture(scope="module")
-def tiny(index_dir, llama):
-    return [str(word) for word in (
-        "--index_dir", index_dir, "--dec", llama, "--enc", "decoder:2", "--max_new", 6, "--topk", 2,
-        "--compressed", "feed", "--p", 0.25, "--floor", 0, "--threads", 1)]
-
-
 def toolbox(*argv):
     _, (options, *configs) = refrag.parse(["mcp", *map(str, argv)])
     box = tools.Toolbox(*configs, options.tools)

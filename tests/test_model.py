@@ -123,14 +123,6 @@ def test_a_state_for_every_chunk(encoder):
     assert encoder.encode([], 4) == []
 
 
-def test_a_content_without_tokens_has_zeros(tokenizers, whole):
-    """A WordPiece tokenizer makes no token of white space, and there is a chunk to be covered still."""
-    pair = refrag.RefragTokenizer(transformers.AutoTokenizer.from_pretrained(tokenizers["wordpiece"]))
-    spaces = refrag.ChunkEncoder(whole.encoder.backbone, pair, contextual=True, pooling="mean")
-    blank, word = spaces.encode([" \n\t", "bronze"], 4)
-    assert blank.shape == (1, 32) and not blank.any() and word.any()
-
-
 def test_fingerprints_tell_encoders_apart_and_last(llama, bert):
     """The default is float32 on a CPU and bfloat16 on CUDA: the same encoder, so an index may move between them."""
     first, again = ([build(enc, llama, **options).encoder.fingerprint for enc, options in (

@@ -144,8 +144,7 @@ def test_neutralize_golden(loaded, kind, text, expected):
 
 
 def test_neutralising_makes_no_new_special_token(tokenizers):
-    """With the special tokens "<b>" and its look-alike disarming the first makes the second: one more round. Special
-    tokens without angle brackets fit into the id of a literal block, which makes none."""
+    """Disarming "<b>" makes its look-alike: one more round. The id of a literal block makes no special token."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers["bpe"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<b>", "\u2039b>", "[INST]"]})
     out = refrag.RefragTokenizer(tokenizer).neutralize("x<b>y")
@@ -328,8 +327,7 @@ def with_template(tokenizers, template, kind="bpe"):
 
 
 def test_what_a_tokenizer_adds_is_left_to_the_template(tokenizers):
-    """This tokenizer puts [CLS] and [SEP] around every text; within a chat template only the template's own count. One
-    that alters the message is refused."""
+    """Within a chat template only the template's own count. One that alters the message is refused."""
     tokenizer = with_template(tokenizers, "{% for m in messages %}[CLS]{{ m['content'] }}{% endfor %}", "wordpiece")
     prompt = context_of(tokenizer, [], "why").prompt
     assert prompt.input_ids.tolist() == template_ids(tokenizer.decoder, "Answer the question briefly.\n\nQuestion: why")

@@ -68,12 +68,6 @@ BEFORE = [{"id": "bells", "text": BELLS}, {"id": "rhone", "text": "The Rhone flo
 AFTER = [{"id": "bells", "text": GATE}]
 
 
-@pytest.fixture(scope="module")
-def tiny(index_dir, llama):
-    return ["--index_dir", index_dir, "--dec", llama, "--enc", "decoder:2", "--max_new", "6", "--topk", "2",
-            "--compressed", "feed", "--p", "0.25", "--floor", "0", "--threads", "1"]
-
-
 @pytest.fixture
 def argv(tiny):
     return ["chat", *tiny, "--max_new", "4", "--no_cite"]
