@@ -1326,12 +1326,13 @@ def field_in(keys: Collection[str], names: Sequence[str], where: str) -> str:
 class TrainingText(NamedTuple):
     text: str | list[int]
     context: int  # tokens to compress before the rest is predicted; 0 if the file does not say
-    where: str
+    file: int  # which of the paths
+    line: int
 
 
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
     """The {text} and {tokens,split:{s,o}} lines of the files, streamed. Raises UserError."""
-    for name in paths:
+    for file, name in enumerate(paths):
         for number, line in TextFile(Path(name)).filled_lines():
             where = f"{name}:{number}"
             item = parse_object(line, where)
@@ -1346,7 +1347,7 @@ def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
                 raise BadRecord(f"{where}: split must be {{s, o}} with whole numbers of tokens")
             if isinstance(text, list) and sizes[1]:
                 text = text[: sum(sizes)]
-            yield TrainingText(text, sizes[0], where)
+            yield TrainingText(text, sizes[0], file, number)
 
 
 def check_question(value: Any, where: str) -> str:
@@ -3486,9 +3487,7 @@ class QueryGate(nn.Module):
     def scores(self, inputs: GateInput) -> np.ndarray:
         """(L,) logits of one question, whose chunks have vectors."""
         features = np.zeros((len(inputs.docs), 0), np.float32) if not self.shape["features"] else chunk_features(inputs)
-        scores = self.logits(inputs, features)
-        check_finite(scores, "gate")
-        return scores
+        return check_finite(self.logits(inputs, features), "gate")
 
     def shares(self, inputs: GateInput) -> dict[str, np.ndarray]:
         """What each group of features adds to the logits (L,): the change from the group's mean values."""
@@ -3651,14 +3650,14 @@ def tokenized(paths: Sequence[str], tokenizer: RefragTokenizer) -> Iterator[dict
     for text in progress(read_training_texts(paths), "tokenising", unit="text"):
         if isinstance(text.text, list):
             largest = max(text.text, default=0)
-            require(largest < vocabulary, f"{text.where}: token {largest} is not one of the decoder's {vocabulary}")
+            require(largest < vocabulary, f"{paths[text.file]}:{text.line}: token {largest} is not one of the "
+                    f"decoder's {vocabulary}")
             ids, cuts = text.text, [True] * len(text.text)
         else:
             [pieces] = tokenize(tokenizer.decoder, [tokenizer.neutralize(text.text)])
             ids, cuts = pieces.ids, cut_allowed(pieces)[:-1]
-        name, _, line = text.where.rpartition(":")
         tokens += len(ids)
-        yield {"tokens": ids, "cuts": cuts, "context": text.context, "file": list(paths).index(name), "line": int(line)}
+        yield {"tokens": ids, "cuts": cuts, "context": text.context, "file": text.file, "line": text.line}
     require(tokens > 0, f"{', '.join(paths)}: no text to train on")
 
 
@@ -4222,26 +4221,6 @@ def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], bat
     return {"loss": round(loss / max(total, 1), 5), "accuracy": round(right / max(total, 1), 5)}
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and Ctrl-C, so that the loop saves before it ends; a second one ends it at once."""
-    received: list[int] = []
-
-    def note(signum: int, frame: Any) -> None:
-        if received:
-            sys.exit(128 + signum)
-        received.append(signum)
-        notice("saving a checkpoint after this step; press Ctrl-C again to stop at once")
-
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class Trainer:
     def __init__(self, model: RefragModel, steps: Steps, weights: dict[str, float], accelerator: Any,
                  teacher: nn.Module | None, facts: dict[str, Any]):
@@ -4317,14 +4296,12 @@ class Trainer:
         self.tokens += step.tokens
         return {**terms, "grad_norm": float(norm), "lr": self.train.lr * factor}
 
-    def fit(self, log: Any) -> None:
-        """Train to the end, or until a signal. log: a `RunLog` of refrag_extras/runs.py."""
+    def fit(self, log: Any, received: list[int]) -> None:
+        """Train to the end, or until there is a signal in `received`. log: a `RunLog` of refrag_extras/runs.py."""
         self.tell_time()  # of a run that goes on
-        if self.step == 0:
-            log.write({"step": 0, "eval": self.evaluate()})
         bar = progress(None, self.facts["phase"], round(self.done[1]), "s" if self.train.seconds else "step",
                        done=int(self.done[0]))
-        with stop_signals() as received, contextlib.closing(bar):
+        with contextlib.closing(bar):
             start, since = time.perf_counter(), (self.seconds, self.tokens)
             for step in self.steps.run(self.step, self.accelerator.device):
                 terms = self.run_step(step)

@@ -10,7 +10,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,3 +150,23 @@ class RunLog:
         self.records.append(record)
         if self.writes:
             append_line(self.path, record)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and Ctrl-C, so that the loop saves before it ends; a second one ends it at once."""
+    received: list[int] = []
+
+    def note(signum: int, frame: Any) -> None:
+        if received:
+            sys.exit(128 + signum)
+        received.append(signum)
+        refrag.notice("saving a checkpoint after this step; press Ctrl-C again to stop at once")
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

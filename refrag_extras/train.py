@@ -153,43 +153,53 @@ def summarise(trainer: refrag.Trainer, log: runs.RunLog) -> dict[str, Any]:
             "peak_rss_mb": round(refrag.peak_rss_mb(), 1)}
 
 
+def start(name: str, given: dict[type, Any], accelerator: Any, facts: dict[str, Any],
+          checkpoint: Path | None) -> refrag.Trainer:
+    """The trainer of a phase at its start, or at a checkpoint. given: options by class; facts: of run.json."""
+    models, runtime, train, phase = given[ModelConfig], given[RuntimeConfig], given[TrainConfig], PHASES[name]
+    weights = phase.weights | {"kl": phase.weights.get("kl", train.distill)}
+    shares = given[MixConfig].shares if not phase.kind else ({phase.kind: 1.0}, {phase.kind: 1.0})
+    source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
+    model = refrag.load_model(source, runtime, train.train, train.lora_r).to(accelerator.device)
+    model.config.compression = max(*train.k, model.config.compression if model.config.history else 0)
+    kinds = lesson_kinds(list(refrag.blended(*shares, 0.5)), given, model)
+    apart = (weights["kl"] or weights.get("argmax")) and "d" in train.train  # else the decoder is the teacher
+    teacher = refrag.load_model(models, runtime).decoder.requires_grad_(False) if apart else None
+    refrag.mark_trained(model, train.train, train.lora_r)
+    steps = refrag.Steps(kinds, shares, train, teaches=bool(weights["kl"]), window=model.window,
+                         processes=accelerator.num_processes, process=accelerator.process_index, seed=runtime.seed)
+    entry = {"phase": name, "train": train.train + (f" (LoRA {train.lora_r})" if train.lora_r else ""),
+             "device": facts["device"], "data": runs.without_folders(facts["data"])}
+    trainer = refrag.Trainer(model, steps, weights, accelerator, teacher, entry)
+    if checkpoint:
+        trainer.restore(checkpoint)
+    return trainer
+
+
 def run(name: str, *configs: refrag.Options) -> None:
     """Run or continue a training phase and print its summary. configs: of its command."""
     given = {cls: cls() for cls in (ReconConfig, NextConfig, AnswersConfig, SearchConfig)} | {
         type(config): config for config in configs}
-    models, runtime, phase = given[ModelConfig], given[RuntimeConfig], PHASES[name]
-    most, least = given[SearchConfig].topk, given[AnswersConfig].topk_min
+    runtime, most, least = given[RuntimeConfig], given[SearchConfig].topk, given[AnswersConfig].topk_min
     require((least or 1) <= most, f"--topk_min {least} is more than --topk {most}")
     train, accelerator = with_defaults(name, given[TrainConfig]), runs.make_accelerator(runtime)
     require(not train.seconds or accelerator.num_processes == 1, "--seconds is for one process: the clocks of several "
             "differ: use --steps")
-    weights = phase.weights | {"kl": phase.weights.get("kl", train.distill)}
-    shares = given[MixConfig].shares if not phase.kind else ({phase.kind: 1.0}, {phase.kind: 1.0})
     folder, settings = Path(train.out_dir), runs.run_settings(configs, phase=name)
     with runs.run_folder(folder, accelerator.is_main_process, RUN_FILES, "run.json"):
         facts = {"settings": settings, "data": data_facts(settings), "versions": runs.library_versions(),
                  "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
         checkpoint = open_run(folder, facts, train.resume)
-        source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
-        model = refrag.load_model(source, runtime, train.train, train.lora_r).to(accelerator.device)
-        model.config.compression = max(*train.k, model.config.compression if model.config.history else 0)
-        kinds = lesson_kinds(list(refrag.blended(*shares, 0.5)), given | {TrainConfig: train}, model)
-        apart = (weights["kl"] or weights.get("argmax")) and "d" in train.train  # else the decoder is the teacher
-        teacher = refrag.load_model(models, runtime).decoder.requires_grad_(False) if apart else None
-        refrag.mark_trained(model, train.train, train.lora_r)
-        steps = refrag.Steps(kinds, shares, train, teaches=bool(weights["kl"]), window=model.window,
-                             processes=accelerator.num_processes, process=accelerator.process_index, seed=runtime.seed)
-        entry = {"phase": name, "train": train.train + (f" (LoRA {train.lora_r})" if train.lora_r else ""),
-                 "device": facts["device"], "data": runs.without_folders(facts["data"])}
-        trainer = refrag.Trainer(model, steps, weights, accelerator, teacher, entry)
-        if checkpoint:
-            trainer.restore(checkpoint)
+        trainer = start(name, given | {TrainConfig: train}, accelerator, facts, checkpoint)
         accelerator.wait_for_everyone()  # or a slower process would find the run that the first one has begun
         if not checkpoint and accelerator.is_main_process:
             refrag.write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")
         if accelerator.device.type == "cpu":
             runs.keep_memory()
         log = runs.RunLog(folder, accelerator.is_main_process, trainer.step)
-        trainer.fit(log)
-        summary = summarise(trainer, log)
+        if trainer.step == 0:
+            log.write({"step": 0, "eval": trainer.evaluate()})
+        with runs.stop_signals() as received:
+            trainer.fit(log, received)
+    summary = summarise(trainer, log)
     refrag.emit(summary, runtime, reports.training_text(summary))
