@@ -26,8 +26,8 @@ import refrag
 KILLS = int(os.environ.get("REFRAG_KILLS", "2"))  # random places per writer, beside those around its last renaming
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 VARYING = {"seconds", "tokens_per_s", "ttft_s", "ttit_s", "stages", "spread", "runs", "peak_rss_mb", "peak_device_mb",
-           "load_s", "ttft_ratio", "ttit_ratio", "file", "run", "out_dir", "command", "commit", "versions",
-           "checkpoint"}
+           "load_s", "products_share", "ttft_ratio", "ttit_ratio", "file", "run", "out_dir", "command", "commit",
+           "versions", "checkpoint"}
 pytestmark = [pytest.mark.usefixtures("home"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")]
 
 
