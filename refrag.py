@@ -1460,7 +1460,6 @@ BUNDLED = {
 }
 SAFE = {"use_safetensors": True}  # a pickle can run code when it is read
 RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
-BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
 HOP_PASSAGES = 3  # from which the next query is made
@@ -1735,10 +1734,6 @@ class Chunking(NamedTuple):
     tokenizer: Any  # a RefragTokenizer
     encoder: Any = None  # a ChunkEncoder; None: no states
 
-    def facts(self) -> dict[str, Any]:
-        return {"k": self.k, "tokenizer": self.tokenizer.fingerprint,
-                "encoder": self.encoder and self.encoder.fingerprint}
-
 
 def merge_chunks(table: ChunkTable, factor: int) -> ChunkTable:
     """Chunks of k as chunks of factor * k: means weighted by encoder tokens. Exact for the encoder's states, since mean
@@ -1881,20 +1876,14 @@ class Index:
 
     def chunk_table(self, row: int, k: int, encoder: str | None = None) -> ChunkTable | None:
         """A passage's chunks at k, with states if they are this encoder's; None if those stored do not serve k."""
-        stored = self.stored(row) if self.serves(k) else None
-        if stored is None:
+        columns, facts = self.stored(row) if self.serves(k) else None, self.manifest["chunking"]
+        if columns is None:
             return None
-        if self.manifest["chunking"]["encoder"] != encoder:
-            stored.pop("states", None)
-        return merge_chunks(stored_chunks(stored), k // self.manifest["chunking"]["k"])
-
-
-def stored_chunks(columns: dict[str, np.ndarray]) -> ChunkTable:
-    """A passage's chunks from its columns, flattened."""
-    L = len(columns["ends"])
-    embeddings = columns["gate"].reshape(L, -1) * columns["gate_scales"][:, None] if "gate" in columns else None
-    states = columns["states"].reshape(L, -1).astype(np.float32) if "states" in columns else None
-    return ChunkTable(columns["ends"], columns["sizes"], embeddings, states)
+        L, ends, sizes = len(columns["ends"]), columns["ends"], columns["sizes"]
+        embeddings = columns["gate"].reshape(L, -1) * columns["gate_scales"][:, None] if "gate" in columns else None
+        known = "states" in columns and facts["encoder"] == encoder
+        states = columns["states"].reshape(L, -1).astype(np.float32) if known else None
+        return merge_chunks(ChunkTable(ends, sizes, embeddings, states), k // facts["k"])
 
 
 def milvus_for(index_dir: str | Path) -> Any | None:

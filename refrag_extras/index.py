@@ -38,6 +38,7 @@ from refrag_extras.corpus import Record, corpus_files, read_corpus, split_spans
 from refrag_extras.runs import glibc, process_group
 
 BLOCK = 256  # passages computed together, sorted by length inside, and rows of a record batch
+BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 IVF_LEAST = 10_000  # passages that train an inverted file
 DEFAULTS = {"faiss": "auto", "max_passage_tokens": 256, "overlap": 32}  # settings that an index keeps
 SCHEMA = pa.schema([("document", pa.string()), ("part", pa.uint32()), ("title", pa.string()), ("text", pa.string()),
@@ -123,6 +124,11 @@ def piece_facts(record: Record, start: int, end: int) -> str:
     return json.dumps(facts) if facts else ""
 
 
+def chunking_facts(chunking: refrag.Chunking) -> dict[str, Any]:
+    return {"k": chunking.k, "tokenizer": chunking.tokenizer.fingerprint,
+            "encoder": chunking.encoder and chunking.encoder.fingerprint}
+
+
 class Build:
     """What a corpus becomes in an index, wherever that is kept: passages, and what models compute for them."""
 
@@ -146,7 +152,7 @@ class Build:
         """What a manifest says about models and settings."""
         embedder = self.embedder
         return {"words": refrag.WORDS_FINGERPRINT, "retriever": self.retriever, "dim": embedder and embedder.dim,
-                "uses": refrag.RETRIEVERS[self.retriever], "chunking": self.chunking.facts(),
+                "uses": refrag.RETRIEVERS[self.retriever], "chunking": chunking_facts(self.chunking),
                 "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint} if embedder else {},
                 "settings": self.settings, "sources": self.sources}
 
@@ -404,7 +410,7 @@ class FolderBuild(Build):
         if "bm25" not in refrag.RETRIEVERS[self.retriever]:
             return
         self.vocabulary.setdefault("", len(self.vocabulary))  # bm25s looks this one up for texts without any term
-        index, N = bm25s.BM25(**refrag.BM25), len(passages)
+        index, N = bm25s.BM25(**BM25), len(passages)
         lengths = pc.list_value_length(passages["terms"]).to_numpy()  # (N,)
         rows, terms = np.repeat(np.arange(N, dtype=np.int32), lengths), pc.list_flatten(passages["terms"]).to_numpy()
         counts = scipy.sparse.csc_array((np.ones(len(terms), np.float32), (rows, terms)), (N, len(self.vocabulary)))
@@ -478,7 +484,7 @@ def load_build(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: re
     encoder = refrag.load_model(models, runtime).encoder if with_states else None
     tokenizer = encoder.tokenizer if encoder else refrag.build_tokenizer(refrag.model_config(models))
     chunking = refrag.Chunking(chunks["k"] if chunks else build.k or refrag.PackConfig.k, tokenizer, encoder)
-    if chunks and chunks != chunking.facts():
+    if chunks and chunks != chunking_facts(chunking):
         fault = "the index was built with another --enc, --dec or --load_dir: use the same, or build it again"
         raise refrag.MismatchError(fault)
     named = {"faiss": build.faiss, "max_passage_tokens": corpus.max_passage_tokens, "overlap": corpus.overlap}

@@ -230,7 +230,7 @@ class MilvusIndex(refrag.Index):
                  others: Collection[int] = ()) -> dict[int, float]:
         """As of a folder, but for `others` that tie with the last."""
         found = self.find("bm25", [spelled(refrag.index_terms(question))], topk, where)
-        factor = refrag.BM25["k1"] + 1  # which Lucene leaves out; Milvus Lite gives negative scores
+        factor = index.BM25["k1"] + 1  # which Lucene leaves out; Milvus Lite gives negative scores
         return refrag.ranked(((row, abs(score) / factor) for row, score in found), topk)
 
     def idf(self, term: str) -> float:
@@ -339,7 +339,7 @@ class MilvusBuild(index.Build):
             schema.add_field("bm25", DataType.SPARSE_FLOAT_VECTOR)
             schema.add_function(Function("bm25", FunctionType.BM25, ["words"], ["bm25"]))
             indexes.add_index("bm25", index_type="SPARSE_INVERTED_INDEX", metric_type="BM25", params={
-                "bm25_k1": refrag.BM25["k1"], "bm25_b": refrag.BM25["b"]})
+                "bm25_k1": index.BM25["k1"], "bm25_b": index.BM25["b"]})
         self.store.ask("drop_collection")
         try:
             self.store.ask("create_collection", timeout=600, schema=schema, index_params=indexes,
