@@ -2596,7 +2596,6 @@ QUERY_BLOCK = 128
 VARLEN = torch.__version__ >= (2, 12)  # the first one whose kernel takes grouped heads
 
 
-@torch.compiler.disable  # it would be compiled for every length
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
     """Attention of the last T positions of one text, (H, T, D), by products of matrices: on CPUs faster than torch's
     kernel, in bfloat16 two to three times. In blocks of queries, for which what lies ahead is not computed. key, value:
@@ -2610,6 +2609,16 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
         scores = torch.baddbmm(hidden, part.flatten(1, 2), key[:, :end].mT, alpha=scaling or D**-0.5)
         blocks.append(torch.bmm(scores.softmax(-1), value[:, :end]).view_as(part))  # scores: (KV, G * block, end)
     return torch.cat(blocks, dim=2).flatten(0, 1)
+
+
+@torch.compiler.disable  # it would be compiled for every length
+def attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scaling: float | None,
+                      window: int | None) -> Tensor:
+    """`causal_attention` of each of the texts that stand in a row. lengths: (n,), of their queries."""
+    asked = lengths.tolist()
+    known = [asked[0] + key.shape[1] - query.shape[1], *asked[1:]]
+    texts = zip(query.split(asked, 1), key.split(known, 1), value.split(known, 1), strict=True)
+    return torch.cat([causal_attention(*text, scaling, window) for text in texts], dim=1)
 
 
 def attend_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -2634,9 +2643,8 @@ def attend_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
         flash = torch.ops.aten._flash_attention_forward  # the same kernel, which knew no groups of heads before
         return flash(query, key, value, *texts, 0.0, True, False, scale=scaling)[0][None], None
-    lengths, parts = cu_seq_lens_q.diff().tolist(), (query[0], key[0], value[0])
-    texts = zip(*(part.split(lengths, dim=1) for part in parts), strict=True) if len(lengths) > 1 else [parts]
-    return torch.cat([causal_attention(*text, scaling, window) for text in texts], dim=1).transpose(0, 1)[None], None
+    mixed = attend_one_by_one(query[0], key[0], value[0], cu_seq_lens_q.diff(), scaling, window)
+    return mixed.transpose(0, 1)[None], None
 
 
 ATTENTION = transformers.AttentionInterface()
