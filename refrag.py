@@ -2612,10 +2612,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
 
 
 @torch.compiler.disable  # it would be compiled for every length
-def attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scaling: float | None,
+def attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None,
                       window: int | None) -> Tensor:
-    """`causal_attention` of each of the texts that stand in a row. lengths: (n,), of their queries."""
-    asked = lengths.tolist()
+    """`causal_attention` of each of the texts that stand in a row. bounds: (n + 1,), where their queries begin and end.
+    """
+    asked = bounds.diff().tolist()
     known = [asked[0] + key.shape[1] - query.shape[1], *asked[1:]]
     texts = zip(query.split(asked, 1), key.split(known, 1), value.split(known, 1), strict=True)
     return torch.cat([causal_attention(*text, scaling, window) for text in texts], dim=1)
@@ -2643,7 +2644,7 @@ def attend_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
         flash = torch.ops.aten._flash_attention_forward  # the same kernel, which knew no groups of heads before
         return flash(query, key, value, *texts, 0.0, True, False, scale=scaling)[0][None], None
-    mixed = attend_one_by_one(query[0], key[0], value[0], cu_seq_lens_q.diff(), scaling, window)
+    mixed = attend_one_by_one(query[0], key[0], value[0], cu_seq_lens_q, scaling, window)
     return mixed.transpose(0, 1)[None], None
 
 
