@@ -2602,12 +2602,15 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
     (KV, K, D), of all positions."""
     (KV, K, D), T = key.shape, query.shape[1]
     query, blocks = query.reshape(KV, -1, T, D), []  # (KV, G, T, D), the G heads of a group share a product
+    zero, hidden = query.new_zeros(1, 1, 1), query.new_full((QUERY_BLOCK, K), -math.inf)
     for first in range(0, T, QUERY_BLOCK):
         part, start, end = query[:, :, first : first + QUERY_BLOCK], K - T + first, K - T + min(first + QUERY_BLOCK, T)
-        hidden = part.new_full((end - start, end), -math.inf)
-        hidden = (hidden.triu(start + 1) + hidden.tril(start - (window or K))).repeat(query.shape[1], 1)
-        scores = torch.baddbmm(hidden, part.flatten(1, 2), key[:, :end].mT, alpha=scaling or D**-0.5)
-        blocks.append(torch.bmm(scores.softmax(-1), value[:, :end]).view_as(part))  # scores: (KV, G * block, end)
+        scores = torch.baddbmm(zero, part.flatten(1, 2), key[:, :end].mT, beta=0, alpha=scaling or D**-0.5)
+        scores, n = scores.unflatten(1, part.shape[1:3]), end - start  # (KV, G, n, end)
+        scores[..., start:] += hidden[:n, :n].triu(1)  # what lies ahead of each query within its block
+        if window is not None and end > window:
+            scores += hidden[:n, :end].tril(start - window)
+        blocks.append(torch.bmm(scores.softmax(-1).flatten(1, 2), value[:, :end]).view_as(part))
     return torch.cat(blocks, dim=2).flatten(0, 1)
 
 
