@@ -789,6 +789,8 @@ def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
     try:
         invocation = parse(argv)
         os.getcwd()  # libraries need one at import
+    except BrokenPipeError:  # the help's reader has seen enough; Python 3.11.2 lets that through
+        sys.exit(0)
     except (RefragError, OSError) as error:  # a path of an option may be one that cannot even be looked at
         as_json = "--json" in argv or os.environ.get("REFRAG_JSON", "0").lower() not in ("0", "false", "no")
         sys.exit(report(error, RuntimeConfig(json=as_json, debug="--debug" in argv)))
