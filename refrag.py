@@ -2604,14 +2604,14 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
     (KV, K, D), of all positions."""
     (KV, K, D), T = key.shape, query.shape[1]
     query, blocks = query.reshape(KV, -1, T, D), []  # (KV, G, T, D), the G heads of a group share a product
-    zero, hidden = query.new_zeros(1, 1, 1), query.new_full((QUERY_BLOCK, K), -math.inf)
+    zero, ahead = query.new_zeros(1, 1, 1), query.new_full((QUERY_BLOCK, QUERY_BLOCK), -math.inf).triu(1)
     for first in range(0, T, QUERY_BLOCK):
         part, start, end = query[:, :, first : first + QUERY_BLOCK], K - T + first, K - T + min(first + QUERY_BLOCK, T)
         scores = torch.baddbmm(zero, part.flatten(1, 2), key[:, :end].mT, beta=0, alpha=scaling or D**-0.5)
         scores, n = scores.unflatten(1, part.shape[1:3]), end - start  # (KV, G, n, end)
-        scores[..., start:] += hidden[:n, :n].triu(1)  # what lies ahead of each query within its block
+        scores[..., start:] += ahead[:n, :n]  # of each query within its block
         if window is not None and end > window:
-            scores += hidden[:n, :end].tril(start - window)
+            scores += scores.new_full((n, end), -math.inf).tril(start - window)
         blocks.append(torch.bmm(scores.softmax(-1).flatten(1, 2), value[:, :end]).view_as(part))
     return torch.cat(blocks, dim=2).flatten(0, 1)
 
@@ -3016,8 +3016,9 @@ class RefragModel(PreTrainedModel):
             checkpoint.load("projector", model.projector, exactly=bool(train))
         if "e" in saved:
             checkpoint.load("encoder", model.encoder, without=model.encoder.borrowed, exactly=bool(train))
-        lora = lora if decoder is None else None
-        if "d" in saved and decoder is None:
+        if decoder is not None:
+            return model.eval()
+        if "d" in saved:
             checkpoint.load("decoder", model.decoder, exactly=bool(train))
         if lora and train and ("d" not in train or lora_r == lora["r"]):
             add_lora(model.decoder, lora["r"])
@@ -4993,6 +4994,12 @@ class Pipeline:
             self.started = start, state
         return len(start), self.started[1]
 
+    def prefill(self, readings: Sequence[Reading]) -> tuple[Tensor, DecoderState]:
+        """Read prompts after what they share: together, on a CPU one after the other."""
+        known, start = self.start(readings)
+        read = prefill_each if self.device.type == "cpu" else prefill
+        return read(self.model.decoder, [reading.inputs[known:] for reading in readings], start)
+
     def answer(self, question: str, on_text: Writer = None, **changes: Any) -> dict[str, Any]:
         """The result of one question. changes: see `settings_for`."""
         return self.answer_batch([{"id": "1", "question": question}], self.settings_for(**changes), [on_text])[0]
@@ -5034,9 +5041,7 @@ class Pipeline:
         """Decode by the decoder itself. on_token: see `decode`."""
         decoder, settings, watch = self.model.decoder, readings[0].settings, Stopwatch(self.device)
         with watch.stage("prefill_s"):
-            known, start = self.start(readings)
-            read = prefill_each if self.device.type == "cpu" else prefill
-            logits, state = read(decoder, [reading.inputs[known:] for reading in readings], start)
+            logits, state = self.prefill(readings)
         kv_bytes, sampled = cache_bytes(state.cache) // len(readings), watch.clock()
         pick = functools.partial(sample, temperature=settings.temperature, top_p=settings.top_p,
                                  generator=settings.sampler)
