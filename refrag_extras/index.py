@@ -233,11 +233,21 @@ class Build:
                 raise refrag.BadRecord(f"duplicate id {name!r} {places}: make ids unique")
         return np.flatnonzero(stays)
 
-    def compare_documents(self, old: pa.ChunkedArray, new: pa.ChunkedArray, current: pa.ChunkedArray) -> dict[str, int]:
-        """How many documents of the index --add replaced, and how many are gone. All by id, passage by passage."""
-        again, there = (pc.is_in(pc.unique(old), value_set=ids).to_numpy(False) for ids in (new, current))
-        return {"added": len(new), "replaced_documents": int(again.sum()) if self.options.add else 0,
-                "deleted_documents": int((~there).sum())}
+    def compare_documents(self, old: pa.Table, new: pa.Table, current: pa.ChunkedArray,
+                          version: Sequence[str]) -> dict[str, int]:
+        """How many passages were read, and how many documents of the index have changed or are gone.
+
+        old, new: passages of the index and of the corpus; current: documents of the index to come; version: columns
+        in which a passage that has changed differs.
+        """
+        before, after = (pc.binary_join_element_wise(*(table[name].cast(pa.binary()) for name in version), b"\0")
+                         for table in (old, new))
+        changed = [*old["document"].filter(pc.invert(pc.is_in(before, value_set=after))).chunks,
+                   *new["document"].filter(pc.invert(pc.is_in(after, value_set=before))).chunks]
+        again, differs, stays = (pc.is_in(pc.unique(old["document"]), value_set=documents).to_numpy(False)
+                                 for documents in (new["document"], pa.chunked_array(changed, pa.string()), current))
+        return {"added": len(new), "replaced_documents": int((again & differs).sum()),
+                "deleted_documents": int((~stays).sum())}
 
 
 class Unchanged(Exception):
@@ -292,8 +302,8 @@ class FolderBuild(Build):
         if not len(rows) and not self.options.delete_all:
             self.refuse_empty(corpus)
         passages = open_columns(folder / "passages.arrow")
-        before = self.previous.passages["document"] if self.previous else pa.chunked_array([], pa.string())
-        self.counts |= self.compare_documents(before, new["document"], passages["document"])
+        before = self.previous.passages if self.previous else SCHEMA.empty_table()
+        self.counts |= self.compare_documents(before, new, passages["document"], ("document", "key", "metadata"))
         return passages
 
     def term_numbers(self, content: str) -> list[int]:
@@ -514,6 +524,8 @@ def run(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: refrag.Bu
     require(bool(corpus.corpus) != bool(build.delete) or build.delete_all,
             "--delete takes no --corpus" if build.delete else "--corpus is missing: name files or folders")
     _, unread = corpus_files(corpus.corpus, {})  # report a missing path before doing any work
+    if build.add or build.delete:
+        refrag.index_manifest(index.index_dir)  # where no index is, its lock would leave a folder
     if build.sync and any(refrag.kind_of(path) in documents.READERS for path in unread):
         raise refrag.MissingError(f"--sync would delete documents that cannot be read here: {documents.INSTALL}")
     if os.environ.get("WORLD_SIZE", "1") != "1" and not process_group().is_main_process:

@@ -290,7 +290,7 @@ class MilvusBuild(index.Build):
             current = pa.chunked_array([*old["document"].take(kept).chunks, *new["document"].chunks], pa.string())
             if not (len(current) or self.options.delete_all or (some and len(self.previous) > len(old))):
                 self.refuse_empty(corpus)
-            self.counts |= self.compare_documents(old["document"], new["document"], current) | {"computed": 0}
+            self.counts |= self.compare_documents(old, new, current, ["version"]) | {"computed": 0}
             stays = pc.is_in(old["version"], value_set=new["version"]).to_numpy(False)
             stays[kept] = True
             fresh = np.flatnonzero(~pc.is_in(new["version"], value_set=old["version"]).to_numpy(False))

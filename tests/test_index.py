@@ -124,6 +124,9 @@ def test_an_index_is_never_emptied_by_mistake(tmp_path, write, build, done, refu
                 (["--delete", "p5", "p9", "p5#1"], "--delete p9 p5#1: the index has no such document"),
                 (["--delete", "p5", "--corpus", empty], "--delete takes no --corpus")):
             assert message in refused(2, *line, *flags)
+    for flags in (["--delete", "p5"], ["--add", "--corpus", tmp_path / "rows.jsonl"]):
+        assert "no such folder" in refused(2, "index", "--index_dir", tmp_path / "gone", "--dec", llama, *flags)
+    assert not (tmp_path / "gone").exists()
     assert done(*line, "--delete", "p5", "p0")["deleted_documents"] == 2
     assert done(*line, "--sync", "--corpus", empty, "--delete_all")["passages"] == 0
     assert done("search", "--index_dir", tmp_path / "i", "--question", "bells")["passages"] == []
@@ -179,22 +182,29 @@ def test_files_without_ids_are_followed(tmp_path, write, build):
     for name in "ab":
         write(f"{name}/notes.txt", f"first of {name}\nsecond of {name}\n")
     build("i", tmp_path / "a/notes.txt")
-    for replaced in (0, 2):
+    for replaced in (0, 2, 0):
         assert build("i", tmp_path / "a/../b/notes.txt", "--add")["replaced_documents"] == replaced
+        write("b/notes.txt", "first of b, changed\nsecond of b, changed\n")
     write("b/d.md", "# A river")
     more = build("i", tmp_path / "b", "--corpus", tmp_path / "b", tmp_path / "a/notes.txt", "--add")
-    assert [more[name] for name in ("replaced_documents", "computed")] == [4, 1]
+    assert [more[name] for name in ("replaced_documents", "computed")] == [0, 1]
     assert [p.id for p in passages_of(tmp_path / "i")][1:] == [
         "b/notes.txt:1", "b/notes.txt:2", "notes.txt:1", "notes.txt:2"]
     write("b/notes.txt", "changed")
     write("b/e.md", "new")
     os.utime(tmp_path / "b/d.md", (0, 0))
     less = build("i", tmp_path / "b", "--sync")
-    assert [less[name] for name in ("passages", "computed", "deleted_documents")] == [3, 2, 5]
+    counts = "passages", "computed", "replaced_documents", "deleted_documents"
+    assert [less[name] for name in counts] == [3, 2, 0, 5]
     found = passages_of(tmp_path / "i")
     assert [(p.id, p.text) for p in found] == [("b/d.md", "# A river"), ("b/e.md", "new"), ("b/notes.txt", "changed")]
     assert json.loads(found[0].metadata) == {
         "path": "b/d.md", "modified": "1970-01-01T00:00:00", "heading": "A river"}
+    write("b/e.md", "newer")
+    os.utime(tmp_path / "b/d.md", (1, 1))
+    for expected in ([3, 1, 2, 0], [3, 0, 0, 0]):
+        again = build("i", tmp_path / "b", "--sync")
+        assert [again[name] for name in counts] == expected
 
 
 FIELDS = [{"id": str(i), "text": f"River {i} floods field {i * 7} of {i * i}."} for i in range(700)]
