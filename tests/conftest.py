@@ -212,10 +212,10 @@ SHARED: dict[object, object] = {}  # see `shared`
 def shared(monkeypatch) -> None:
     """Commands that only read the bundled models load them once for all tests. The phases have a ModelConfig."""
 
-    def once(load, what, how, *more):
+    def once(load, what, how, *more, **named):
         place = (what, getattr(how, "device", how), getattr(how, "dtype", None))
-        if type(what) is refrag.ModelConfig:
-            return load(what, how, *more)
+        if type(what) is refrag.ModelConfig or named:
+            return load(what, how, *more, **named)
         return SHARED[place] if place in SHARED else SHARED.setdefault(place, load(what, how, *more))
 
     for owner, name in ((refrag, "load_embedder"), (refrag, "load_model"), (cpu_engine, "make_stepper")):

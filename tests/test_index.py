@@ -151,10 +151,12 @@ def test_what_has_not_changed_is_not_written_again(tmp_path, build, run, llama, 
 
 
 @pytest.mark.parametrize("how", ["--sync", "--add"])
-def test_a_change_keeps_what_the_index_was_built_with(tmp_path, build, done, llama, other_embedder, how):
+def test_a_change_keeps_what_the_index_was_built_with(tmp_path, build, monkeypatch, other_embedder, how):
+    """And reads no more of the decoder than the layers of the encoder."""
     build("i", MANY, "--faiss", "hnsw", "--retriever", "dense", "--k", 8, "--enc", "decoder:2", "--overlap", 4,
           "--max_passage_tokens", 24, "--embed_model", other_embedder)
     before = refrag.open_index(str(tmp_path / "i")).manifest
+    monkeypatch.setattr(refrag, "load_decoder", None)
     assert build("i", [*MANY, {"id": "new", "text": "A river."}], "--enc", "decoder:2", how)["computed"] == 1
     after = refrag.open_index(str(tmp_path / "i")).manifest
     assert before["settings"] == {"faiss": "hnsw", "max_passage_tokens": 24, "overlap": 4}

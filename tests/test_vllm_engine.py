@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import transformers
-from conftest import build, disturb
+from conftest import RUNTIME, build, disturb
 
 import refrag
 from refrag_extras import generate, serve, vllm_engine
@@ -221,13 +221,17 @@ def test_of_the_decoder_only_the_embeddings_are_here(served, tiny):
 
 def test_the_first_layers_alone_make_the_same_encoder_and_the_same_inputs(any_decoder):
     """Whatever the decoder's architecture: indexes are read by the encoder's fingerprint."""
-    device, config = torch.device("cpu"), refrag.RefragConfig(encoder_name_or_path="decoder:2",
-                                                              decoder_name_or_path=str(any_decoder))
-    first = vllm_engine.first_part(config, device, torch.float32)
-    alone, whole = refrag.build_model(config, device, torch.float32, decoder=first), build("decoder:2", any_decoder)
+    def model_of(layers):
+        config = refrag.RefragConfig(encoder_name_or_path=f"decoder:{layers}", decoder_name_or_path=str(any_decoder))
+        first = vllm_engine.first_part(config, RUNTIME)
+        return first, refrag.build_model(config, torch.device("cpu"), torch.float32, decoder=first)
+
+    (first, alone), whole = model_of(2), build("decoder:2", any_decoder)
     assert alone.encoder.fingerprint == whole.encoder.fingerprint and alone.window == whole.window
     inputs = [model.decoder.get_input_embeddings()(torch.arange(9)) for model in (alone, whole)]
     assert torch.equal(*inputs) and len(list(first.parameters())) < len(list(whole.decoder.parameters()))
+    with pytest.raises(refrag.UserError, match="--enc decoder:99: the decoder has"):
+        model_of(99)
 
 
 def test_a_stop_or_a_client_that_goes_ends_the_work_there(served, tiny, done):
