@@ -38,7 +38,7 @@ from refrag_extras.corpus import Record, corpus_files, read_corpus, split_spans
 from refrag_extras.runs import glibc, process_group
 from refrag_extras.vllm_engine import first_part
 
-BLOCK = 256  # passages computed together, sorted by length inside, and rows of a record batch
+BLOCK = 256  # passages whose vectors are kept together, and rows of a record batch
 BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
 IVF_LEAST = 10_000  # passages that train an inverted file
 DEFAULTS = {"faiss": "auto", "max_passage_tokens": 256, "overlap": 32}  # settings that an index keeps
@@ -344,10 +344,12 @@ class FolderBuild(Build):
             write = None
             for table in itertools.islice(blocks, first, None, step):
                 contents = map(refrag.passage_content, table["title"].to_pylist(), table["text"].to_pylist())
-                computed = self.compute(list(contents))
-                write = write or files.enter_context(self.keeping(computed.schema))
-                write(computed)
-                bar.update(len(table) * step)
+                computed = []
+                for batch in refrag.batched(sorted(contents, key=len), self.options.batch_size):
+                    computed.append(self.compute(batch))
+                    bar.update(len(batch) * step)
+                write = write or files.enter_context(self.keeping(computed[0].schema))
+                write(pa.concat_tables(computed).combine_chunks())
         self.counts["computed"] = len(rows)
         if step > 1:
             group.wait_for_everyone()

@@ -209,6 +209,14 @@ def test_files_without_ids_are_followed(tmp_path, write, build):
         assert [again[name] for name in counts] == expected
 
 
+def test_progress_is_told_after_every_batch_of_texts_of_like_length(tmp_path, build, monkeypatch):
+    sizes, compute = [], writing.Build.compute
+    monkeypatch.setattr(writing.Build, "compute", lambda self, contents: (
+        sizes.append([*map(len, contents)]), compute(self, contents))[1])
+    build("i", [{"id": str(n), "text": "A bell." * n} for n in (3, 1, 5, 2, 4)], "--batch_size", 2)
+    assert sizes == [[7, 14], [21, 28], [35]]
+
+
 FIELDS = [{"id": str(i), "text": f"River {i} floods field {i * 7} of {i * i}."} for i in range(700)]
 
 
