@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import re
 import sys
 from collections.abc import Sequence
@@ -91,6 +90,8 @@ class Chat:
                 self.answer(line)
         except refrag.RefragError as error:
             refrag.say(f"error: {error}", file=sys.stderr)
+            if self.as_json and not line.startswith("/"):  # one object for each question
+                print(refrag.dumps({"error": {"code": error.code, "message": refrag.one_line(error)}}), flush=True)
         return True
 
     def converse(self) -> None:
@@ -160,7 +161,7 @@ class Chat:
 def keep_history() -> None:
     """Line editing for `input`, with the lines of earlier conversations, where the platform has it."""
     try:
-        readline = importlib.import_module("readline")
+        import readline
     except ImportError:  # Windows: its console edits lines itself
         return
     path = refrag.cache_home() / "chat_history"

@@ -80,7 +80,7 @@ def input_schema(tool: type[refrag.Options], usual: dict[str, Any]) -> dict[str,
 
 
 def read_arguments(tool: type[refrag.Options], given: dict[str, Any], usual: dict[str, Any]) -> refrag.Options:
-    """Raises UserError, which names an argument as a flag."""
+    """A tool's options. usual: see `input_schema`. Raises UserError, which names an argument as a flag."""
     fields = refrag.config_fields([tool])
     unknown = ", ".join(name for name in given if name not in fields)
     refrag.require(not unknown, f"no such argument: {unknown}: there are {', '.join(fields)}")
@@ -152,11 +152,11 @@ class Toolbox:
         else:
             self.searcher = refrag.load_searcher(self.configs[0], self.configs[1], self.runtime)
 
-    def search(self, asked: SearchTool, given_up: threading.Event) -> dict[str, Any]:
+    def search(self, asked: SearchTool, cancelled: threading.Event) -> dict[str, Any]:
         passages = self.searcher.search(asked.question, asked.topk, asked.hops, asked.where)
         return {"id": "1", "question": asked.question, "passages": [p.to_json() for p in passages]}
 
-    def read(self, asked: ReadTool, given_up: threading.Event) -> dict[str, Any]:
+    def read(self, asked: ReadTool, cancelled: threading.Event) -> dict[str, Any]:
         index = self.searcher.index
         found = index.rows_of([asked.id]).get(asked.id)
         refrag.require(found is not None, f"id {asked.id!r}: no document or passage has it: take one that search found")
@@ -169,21 +169,21 @@ class Toolbox:
         return {"id": asked.id, "title": first.title, "text": text, "source": first.source,
                 "pieces": [piece.id for piece in some], "next": rest[0].id if rest else None}
 
-    def answer(self, asked: AnswerTool, given_up: threading.Event) -> dict[str, Any]:
+    def answer(self, asked: AnswerTool, cancelled: threading.Event) -> dict[str, Any]:
         """As of `generate`; without the list of all chunks, which is longer than the rest, unless --explain is set."""
-        changes = {name: value for name, value in vars(asked).items() if name != "question"}
-        settings = self.pipeline.settings_for(**changes, sampler=torch.Generator().manual_seed(self.pipeline.seed))
-        [result] = self.pipeline.answer_batch([{"id": "1", "question": asked.question}], settings,
-                                              [lambda text: given_up.is_set()])
-        return result if settings.explain else {name: value for name, value in result.items() if name != "chunks"}
+        sampler = torch.Generator().manual_seed(self.pipeline.seed)
+        result = self.pipeline.answer(on_text=lambda text: cancelled.is_set(), sampler=sampler, **vars(asked))
+        if not self.pipeline.settings.explain:
+            del result["chunks"]
+        return result
 
-    def call(self, name: str, arguments: dict[str, Any], given_up: threading.Event) -> CallToolResult:
+    def call(self, name: str, arguments: dict[str, Any], cancelled: threading.Event) -> CallToolResult:
         """The result of a tool, which may be an error."""
         tool, shown = TOOLS[name], {"search": search_text, "read": read_text, "answer": answer_text}[name]
         try:
             asked = read_arguments(tool, arguments, self.usual)
             self.searcher.index.refresh()
-            result = getattr(self, name)(asked, given_up)
+            result = getattr(self, name)(asked, cancelled)
             return CallToolResult(content=[TextContent(text=shown(result))], structured_content=result)
         except Exception as error:
             code, message = refrag.classify(error)
@@ -197,12 +197,12 @@ class Toolbox:
         """Raises MCPError for a tool that is not offered. A call that its client cancels ends at the next token."""
         if params.name not in self.names:
             raise MCPError(INVALID_PARAMS, f"no such tool: {params.name}: there are {', '.join(self.names)}")
-        given_up = threading.Event()
-        work = functools.partial(self.call, params.name, params.arguments or {}, given_up)
+        cancelled = threading.Event()
+        work = functools.partial(self.call, params.name, params.arguments or {}, cancelled)
         try:
             return await asyncio.get_running_loop().run_in_executor(self.thread, work)
         finally:
-            given_up.set()
+            cancelled.set()
 
     async def on_list(self, context: Any, params: Any) -> ListToolsResult:
         return ListToolsResult(tools=[

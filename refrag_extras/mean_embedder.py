@@ -29,14 +29,16 @@ class MeanEmbedder(nn.ModuleList):
     @staticmethod
     def fits(path: str) -> bool:
         """Whether a folder holds such a model, and no more than that."""
-        names = "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"
+        names = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json",
+                 "config_sentence_transformers.json")
         try:
-            modules, pooling, more = (json.loads(Path(path, name).read_text(encoding="utf-8")) for name in names)
+            modules, pooling, words, more = (json.loads(Path(path, name).read_text(encoding="utf-8")) for name in names)
         except OSError:
             return False
-        return ([one["type"].rpartition(".")[2] for one in modules] == ["Transformer", "Pooling", "Normalize"]
+        return ([(one["type"].rpartition(".")[2], one["path"]) for one in modules] == [
+                    ("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
                 and {key for key, value in pooling.items() if value is True} == {"pooling_mode_mean_tokens"}
-                and more.keys() == {"__version__"})
+                and not words.get("do_lower_case") and more.keys() == {"__version__"})
 
     @property
     def transformers_model(self) -> PreTrainedModel:

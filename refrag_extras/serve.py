@@ -32,7 +32,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -68,6 +68,8 @@ def refusal(error: Exception) -> Refused:
     """
     if isinstance(error, Refused):
         return error
+    if isinstance(error, ClientDisconnect):
+        return Refused(499, "the client has gone", "client_gone")
     if isinstance(error, pydantic.ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
@@ -226,7 +228,7 @@ class Job:
 
     def __init__(self, asked: ChatRequest, timeout: float, tell: Callable[[str, Any], None]):
         self.asked, self.tell, self.deadline = asked, tell, time.monotonic() + timeout
-        self.id = f"chatcmpl-{os.getpid()}-{next(self.numbers)}"
+        self.id, self.created = f"chatcmpl-{os.getpid()}-{next(self.numbers)}", int(time.time())
         self.cancelled = False  # set when the client has gone
 
     @property
@@ -274,11 +276,11 @@ class Engine:
                 if self.pipeline.remote:
                     held.close()  # the next one may be prepared while a server writes this one's answer
                 [result] = self.pipeline.generate([reading], [job.pass_on])
-            made = result["metrics"]
+            facts = result["metrics"]
             with self.models:
-                self.counts.update(answers_total=1, new_tokens_total=made["new_tokens"],
-                                   positions_total=made["positions"], full_positions_total=made["full_positions"],
-                                   ttft_seconds_total=made["ttft_s"])
+                self.counts.update(answers_total=1, new_tokens_total=facts["new_tokens"],
+                                   positions_total=facts["positions"], full_positions_total=facts["full_positions"],
+                                   ttft_seconds_total=facts["ttft_s"])
             if job.late and not result["ended"]:
                 raise late
             job.tell("done", result)
@@ -308,19 +310,19 @@ class Engine:
 
 def reply(job: Job, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     """An object of a reply."""
-    return {"id": job.id, "object": kind, "created": int(time.time()), "model": "refrag", "choices": choices, **more}
+    return {"id": job.id, "object": kind, "created": job.created, "model": "refrag", "choices": choices, **more}
 
 
-def choice(said: dict[str, Any], ended: bool | None) -> dict[str, Any]:
-    """The choice of a reply. said: its message or delta; ended: whether the answer ended itself, None if it goes on."""
-    return {"index": 0, **said, "logprobs": None,
+def choice(part: dict[str, Any], ended: bool | None) -> dict[str, Any]:
+    """The choice of a reply. part: its message or delta; ended: whether the answer ended itself, None if it goes on."""
+    return {"index": 0, **part, "logprobs": None,
             "finish_reason": None if ended is None else "stop" if ended else "length"}
 
 
 def usage_of(result: dict[str, Any]) -> dict[str, int]:
     """OpenAI's counts: positions fed, tokens made."""
-    fed, made = result["metrics"]["positions"], result["metrics"]["new_tokens"]
-    return {"prompt_tokens": fed, "completion_tokens": made, "total_tokens": fed + made}
+    read, written = result["metrics"]["positions"], result["metrics"]["new_tokens"]
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
 def refrag_fields(result: dict[str, Any]) -> dict[str, Any]:
@@ -433,12 +435,12 @@ class Service:
                                   usage=usage_of(value), refrag=refrag_fields(value)))
 
     async def next_told(self, request: Request, job: Job, told: asyncio.Queue) -> tuple[str, Any]:
-        """What a job tells next. Raises Refused for an error, and when the client has gone."""
+        """What a job tells next. Raises Refused for an error, ClientDisconnect when the client has gone."""
         waiting = asyncio.ensure_future(told.get())
         try:
             while not (await asyncio.wait([waiting], timeout=0.25))[0]:
                 if await request.is_disconnected():
-                    raise Refused(499, "the client has gone", "client_gone")
+                    raise ClientDisconnect
         finally:
             if not waiting.done():
                 waiting.cancel()
@@ -481,7 +483,7 @@ class Service:
             settings = pipeline.describe(pipeline.settings)
             facts |= {"decoder": Path(settings["dec"]).name, "engine": settings["engine"], "device": settings["device"],
                       "passages": 0 if pipeline.index is None else len(pipeline.index),
-                      "takes": self.uploads.taken() if self.uploads else None}
+                      "takes": self.uploads.limits() if self.uploads else None}
         return facts
 
     async def list_models(self, request: Request) -> Response:
@@ -532,8 +534,8 @@ def run(serve: refrag.ServeConfig, *configs: Any) -> None:
         from refrag_extras.uploads import Uploads
 
         uploads = Uploads(serve.timeout, configs[0], *configs[-2:])
-    engine = Engine(answering(None, *configs), serve)
-    with listening_socket(serve) as listener:
+    with listening_socket(serve) as listener:  # before the models are loaded: a port that is taken is told at once
+        engine = Engine(answering(None, *configs), serve)
         host, port = listener.getsockname()[:2]
         app = make_app(engine, serve, host, uploads)
         name = f"[{host}]" if ":" in host else host

@@ -30,7 +30,7 @@ from refrag_extras import documents
 from refrag_extras.serve import Refused, event
 
 MOST_BYTES, MOST_FILES, MOST_WAITING = 64 << 20, 100, 8
-BAR = re.compile(r"(\w+): +\d+%\|.*?\| *([\d,]+)/([\d,]+) ")  # as tqdm draws it
+BAR = re.compile(r"(\w+): +\d+%\|.*?\| *(\d+)/(\d+) ")  # as tqdm draws it
 
 
 def kinds() -> list[str]:
@@ -91,7 +91,7 @@ class Uploads:
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("REFRAG_")}
         self.environment |= {"REFRAG_HOME": str(refrag.cache_home().absolute()), "REFRAG_BAR_SECONDS": "0.5"}
 
-    def taken(self) -> dict[str, Any]:
+    def limits(self) -> dict[str, Any]:
         """What a client should know before it sends anything."""
         return {"bytes": MOST_BYTES, "files": MOST_FILES, "kinds": kinds()}
 
@@ -125,8 +125,8 @@ class Uploads:
                 yield event({"stage": "waiting"})
             async with self.turn:
                 with self.staged(files):
-                    async for told in self.index():
-                        yield event(told)
+                    async for state in self.index():
+                        yield event(state)
         except Exception as error:
             yield event({"error": {"message": refrag.classify(error)[1]}})
         finally:
@@ -141,8 +141,8 @@ class Uploads:
             self.folder.mkdir()
             try:
                 for file in files:
-                    with (self.folder / file.filename).open("xb") as copy:
-                        shutil.copyfileobj(file.file, copy)
+                    with file.file as sent, (self.folder / file.filename).open("xb") as copy:
+                        shutil.copyfileobj(sent, copy)
                 yield
             finally:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -155,8 +155,7 @@ class Uploads:
         try:
             async for line in lines_of(process.stderr):
                 if bar := BAR.match(line):
-                    done, total = (int(count.replace(",", "")) for count in bar.group(2, 3))
-                    yield {"stage": bar[1], "done": done, "total": total}
+                    yield {"stage": bar[1], "done": int(bar[2]), "total": int(bar[3])}
                 elif line.startswith("skipped: "):
                     skipped.append(line.removeprefix("skipped: ").replace(f"{self.folder.as_posix()}/", ""))
             out = await process.stdout.read()

@@ -33,8 +33,8 @@ KNOWN = ("Answer from the documents. Where do smiths cast bells?\n<doc id=\"1\">
          "melts at 950 degrees. Smiths in the valley cast bells from it.</doc>\nAnswer: In the valley [1]. In 1896 the "
          "first modern games opened in Athens before 60,000 people, and 14 nations sent athletes.")
 POSITIONS, TOP = 12, 5  # where in KNOWN the next token's log probabilities are compared, and of how many tokens
-ASKED = 20  # log probabilities, the most that vLLM gives unless it was started with more
-SAME = 0.2  # nats, on the mean: see docs/RESULTS.md for what other precisions and other decoders differ by
+LOGPROBS = 20  # log probabilities, the most that vLLM gives unless it was started with more
+TOLERANCE = 0.2  # nats, on the mean: see docs/RESULTS.md for what other precisions and other decoders differ by
 
 
 class Embeddings(nn.Module):
@@ -113,6 +113,7 @@ def difference(said: list[dict[str, float]], known: dict[str, Any]) -> float:
 
 
 def packed(inputs: Tensor) -> str:
+    """A prompt (P, D) as vLLM takes it."""
     data = io.BytesIO()
     torch.save(inputs.detach().cpu().clone(), data)  # of a view, all that it looks at would be saved
     return b64encode(data.getvalue()).decode()
@@ -167,10 +168,10 @@ class Server:
             raise refrag.MissingError(f"{self.name}: no vLLM server answers there ({reason[:200]}): start one by vllm "
                                       "serve DECODER --enable-prompt-embeds") from None
 
-    def next_token(self, prompts: list[Tensor], **asked: Any) -> list[dict[str, Any]]:
-        """vLLM's choices for the next token of each prompt, the most probable one."""
+    def next_token(self, prompts: list[Tensor], **options: Any) -> list[dict[str, Any]]:
+        """vLLM's choices for the next token of each prompt (P, D), the most probable one."""
         [reply] = self.replies("/v1/completions", prompt_embeds=list(map(packed, prompts)), max_tokens=1, temperature=0,
-                               return_token_ids=True, **asked)
+                               return_token_ids=True, **options)
         return sorted(reply["choices"], key=lambda choice: choice["index"])
 
     @torch.inference_mode()
@@ -181,12 +182,12 @@ class Server:
         """Raise MismatchError unless the server says to KNOWN what the decoder does."""
         inputs = self.embed(self.known["ids"])
         try:
-            said = self.next_token([inputs[:n] for n in self.known["lengths"]], logprobs=ASKED,
+            said = self.next_token([inputs[:n] for n in self.known["lengths"]], logprobs=LOGPROBS,
                                    return_tokens_as_token_ids=True)
         except refrag.UserError as error:
             raise refrag.MismatchError(str(error)) if "hidden_size" in str(error) else error from None
         self.differs_by = difference([choice["logprobs"]["top_logprobs"][0] for choice in said], self.known)
-        if not self.differs_by <= SAME:
+        if not self.differs_by <= TOLERANCE:
             raise refrag.MismatchError(f"{self.name} serves {self.model}, another decoder than that of --dec and "
                                        f"--load_dir (log probabilities differ by {self.differs_by:.2f} nats): let it "
                                        "serve the folder that export --decoder writes")

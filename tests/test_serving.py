@@ -146,6 +146,12 @@ class TestPiped:
         assert [p["text"] for p in second["passages"]] == [GATE]
         assert err.count(f"{folder} has changed: 1 passages now") == 1
 
+    def test_a_question_that_cannot_be_answered_has_an_object_too(self, piped):
+        code, out, err = piped(f"{'why ' * 4000}\nWhere do smiths cast bells?\n", "--json")
+        first, second = map(json.loads, out.splitlines())
+        assert code == 0 and first["error"]["code"] == 2 and second["answer"]
+        assert "the decoder's window" in first["error"]["message"] and f"error: {first['error']['message']}" in err
+
     def test_options_that_are_not_for_a_conversation(self, piped):
         for option, told in (("--prompt", "--prompt goes with generate"), ("--out", "--out goes with --questions")):
             code, _, err = piped("", option, "x")
@@ -286,7 +292,7 @@ class TestOpenaiClient:
         assert parts[-2].choices[0].finish_reason == whole.choices[0].finish_reason
         assert parts[-2].refrag["citations"] == whole.refrag["citations"]
         assert parts[-1].usage == whole.usage and not parts[-1].choices
-        assert len({part.id for part in parts}) == 1
+        assert len({(part.id, part.created) for part in parts}) == 1
 
     def test_several_turns(self, client):
         made = client.chat.completions.create(model="refrag", messages=[
@@ -761,6 +767,7 @@ def test_many_clients_get_the_answers_that_they_get_alone_beside_connections_tha
     for one in left:
         one.close()
     assert server.ask().status_code == 200
+    assert server.count('responses_total{status="499"}') > 0 and "ClientDisconnect" not in server.said()
 
 
 def test_a_key_a_full_queue_and_too_little_time(start):
