@@ -3044,10 +3044,8 @@ class Checkpoint:
         """Raises UserError, CorruptError, MismatchError."""
         manifest, config = path / CHECKPOINT_MANIFEST, path / "config.json"
         require(manifest.is_file() or config.is_file(), f"--load_dir {path}: no checkpoint in this folder")
-        self.path, self.digest = path, str(path)  # identifier of what it holds
-        self.manifest = read_manifest(manifest, CHECKPOINT_FORMAT) if manifest.is_file() else None
-        if self.manifest:
-            self.digest = self.manifest["digest"][:16]
+        self.path, self.manifest = path, read_manifest(manifest, CHECKPOINT_FORMAT) if manifest.is_file() else None
+        self.digest = self.manifest["digest"][:16] if self.manifest else str(path)  # identifies what it holds
         try:
             content = config.read_bytes()
             if self.manifest and hashlib.sha256(content).hexdigest() != self.manifest["files"][config.name]["sha256"]:
@@ -3250,11 +3248,10 @@ def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lor
     device, checkpoint = pick_device(runtime.device), find_checkpoint(models)
     dtype = pick_dtype(runtime.dtype, device)
     if checkpoint is None:
-        model = build_model(model_config(models), device, dtype, train, decoder)
-    else:
-        model = RefragModel.from_pretrained(checkpoint, device=device, dtype=dtype, train=train, lora_r=lora_r,
-                                            decoder=decoder)
-        model.checkpoint = checkpoint.digest
+        return build_model(model_config(models), device, dtype, train, decoder)
+    model = RefragModel.from_pretrained(checkpoint, device=device, dtype=dtype, train=train, lora_r=lora_r,
+                                        decoder=decoder)
+    model.checkpoint = checkpoint.digest
     return model
 
 
@@ -4869,8 +4866,7 @@ class Pipeline:
             self.index.refresh()
 
     def retrieve(self, item: dict[str, Any], settings: Settings) -> list[Passage]:
-        searches = self.searcher is not None and settings.mode != "none"
-        if not searches:
+        if self.searcher is None or settings.mode == "none":
             return []
         following = rule_query if settings.hop_query == "rule" else self.written_query
         return self.searcher.search(item["question"], settings.topk, settings.hops, settings.where, following)
