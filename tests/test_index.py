@@ -147,6 +147,14 @@ def test_what_has_not_changed_is_not_written_again(tmp_path, build, run, llama, 
     assert [p.document_id for p in passages_of(tmp_path / "i")] == ["p0", "p6", "p5", "p3"]
 
 
+def test_progress_shows_each_batch(tmp_path, change, monkeypatch):
+    """Not only each block of 256 passages, which a slow core is half a minute at."""
+    steps = []
+    monkeypatch.setattr(refrag.tqdm, "update", lambda bar, number: steps.append(number))
+    change(tmp_path / "i", SHORT, batch_size=3)
+    assert steps == [3, 1]
+
+
 @pytest.mark.parametrize("how", ["--sync", "--add"])
 def test_a_change_keeps_what_the_index_was_built_with(tmp_path, build, done, llama, other_embedder, how):
     build("i", MANY, "--faiss", "hnsw", "--retriever", "dense", "--k", 8, "--enc", "decoder:2", "--overlap", 4,
