@@ -344,12 +344,13 @@ class FolderBuild(Build):
             write = None
             for table in itertools.islice(blocks, first, None, step):
                 contents = map(refrag.passage_content, table["title"].to_pylist(), table["text"].to_pylist())
-                computed = []
-                for batch in refrag.batched(sorted(contents, key=len), self.options.batch_size):
-                    computed.append(self.compute(batch))
-                    bar.update(len(batch) * step)
-                write = write or files.enter_context(self.keeping(computed[0].schema))
-                write(pa.concat_tables(computed).combine_chunks())
+                parts = []
+                for part in refrag.batched(sorted(contents, key=len), self.options.batch_size):
+                    parts.append(self.compute(part))
+                    bar.update(len(part) * step)
+                computed = pa.concat_tables(parts).combine_chunks()
+                write = write or files.enter_context(self.keeping(computed.schema))
+                write(computed)
         self.counts["computed"] = len(rows)
         if step > 1:
             group.wait_for_everyone()
