@@ -646,7 +646,7 @@ def read_config_file(path: str, command: str) -> dict[str, Any]:
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"--config {path}: {one_line(error)}") from None
+        raise UserError(f"--config {path}: {getattr(error, 'strerror', None) or one_line(error)}") from None
     known = {name: config_fields(command.configs).keys() for name, command in COMMANDS.items()}
     tables = {name: table.pop(name) for name in COMMANDS if isinstance(table.get(name), dict)}
     settings: dict[str, Any] = {}
@@ -5065,7 +5065,7 @@ class Pipeline:
         citations = [cited.get(label, {"id": label, "title": "", "source": label, "metadata": {}})
                      | {"label": label, "read": how_read.get(label), "forged": forged, "chosen": label == chosen,
                         "expanded": how_read.get(label) in ("text", "partly")}
-                     for label, forged in (parse_citations(answer, labels).labels if labels else ())]
+                     for label, forged in parse_citations(answer, labels).labels]
         chunks = [{"passage_id": ids[labels[chunk.doc]], "start": chunk.start, "end": chunk.end,
                    "score": round(score, 6), "expanded": stays}
                   for chunk, score, stays in zip(context.prompt.chunks, reading.scores.tolist(),

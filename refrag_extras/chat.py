@@ -154,7 +154,7 @@ class Chat:
         try:
             refrag.write_atomic(Path(rest).expanduser(), "".join(refrag.dumps(turn) + "\n" for turn in self.turns))
         except OSError as error:
-            raise refrag.UserError(f"/save {rest}: {refrag.one_line(error)}") from None
+            raise refrag.UserError(f"/save {rest}: {error.strerror or error}") from None
         refrag.notice(f"{len(self.turns)} turns in {rest}")
 
 

@@ -89,6 +89,12 @@ def explain_line(chunk: dict[str, Any]) -> str:
 HOW_READ = {"text": "read as text", "partly": "partly read as text", "vectors": "compressed", "left out": "left out"}
 
 
+def unfounded(result: dict[str, Any]) -> str:
+    """Why an answer rests on no passage."""
+    why = "fits --ctx_max" if result["dropped_passages"] else "was found"
+    return f"no passage {why}: the answer is the decoder's own"
+
+
 def answer_text(result: dict[str, Any], shown: bool) -> str:
     """An answer for people, with citations and times. shown: it was streamed already."""
     m = result["metrics"]
@@ -102,7 +108,7 @@ def answer_text(result: dict[str, Any], shown: bool) -> str:
         lines.append("no citation")
     read = {passage["read"] for passage in result["passages"]}
     if not read and result["settings"]["mode"] != "none" and result["settings"]["index_dir"]:
-        lines.append("no passage was found: the answer is the decoder's own")
+        lines.append(unfounded(result))
     elif read and not read & {"text", "partly"}:
         lines.append("no passage was read as text")
     stages = ", ".join(f"{name.removesuffix('_s')} {1000 * value:.0f}" for name, value in m["stages"].items())

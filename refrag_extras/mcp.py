@@ -15,7 +15,7 @@ import torch
 
 import refrag
 from refrag import like, opt
-from refrag_extras.generate import HOW_READ, answering
+from refrag_extras.generate import HOW_READ, answering, unfounded
 
 try:
     from mcp.server.lowlevel import Server
@@ -127,7 +127,7 @@ def answer_text(result: dict[str, Any]) -> str:
         how = "not among the passages given" if c["forged"] else HOW_READ[c["read"]]
         lines.append(f"[{c['label']}] {heading(c)}, {how}")
     if not result["passages"]:
-        lines.append("no passage was found: the answer is the decoder's own")
+        lines.append(unfounded(result))
     return "\n".join(lines).strip()
 
 

@@ -36,7 +36,7 @@ def search_text(result: dict[str, Any]) -> str:
         text = " ".join(p.text.split())
         scores = ", ".join(f"{name} {score:.3f}" for name, score in p.scores.items())
         lines.append(f"{p.rank:3}. {p.score:.4f} ({scores})  {p.title or p.id}  [{p.source}]\n     {text[:200]}")
-    return "\n".join(lines)
+    return "\n".join(lines if result["passages"] else [*lines, "no passage was found"])
 
 
 def run(index: refrag.IndexConfig, ask: refrag.QuestionConfig, search: refrag.SearchConfig, form: refrag.FormatConfig,

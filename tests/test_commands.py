@@ -257,7 +257,8 @@ def test_numbers_stand_between_spaces_or_commas_everywhere(words, monkeypatch, t
         ("{a = 1}", "{'a': 1} is not a whole number")]),
     ("quiet = 'perhaps'", "argument --quiet: 'perhaps' is not true or false"),
     ("question = ['a', 'b']", "argument --question: ['a', 'b'] is not one value"), ("topk = ", "Invalid value"),
-    (b"topk = \xff", ""), (None, ""), ({"REFRAG_TOPK": "many"}, "argument --topk: 'many' is not a whole number"),
+    (b"topk = \xff", ""), (None, "No such file"),
+    ({"REFRAG_TOPK": "many"}, "argument --topk: 'many' is not a whole number"),
     ({"REFRAG_TOPK": ""}, "argument --topk: '' is not a whole number"),
     ({"REFRAG_QUIET": "perhaps"}, "argument --quiet: 'perhaps' is not true or false")], ids=str)
 def test_a_bad_stored_value_is_refused_with_the_place_where_it_stands(run, toml, monkeypatch, stored, told):

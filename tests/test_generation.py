@@ -323,6 +323,10 @@ class TestCitations:
             assert citation["chosen"] and not citation["forged"] and citation["id"] in {"a", "b"}
             assert result["answer"].endswith(f"[{citation['id']}]")
 
+    def test_without_documents_every_citation_is_forged(self, reader, monkeypatch):
+        monkeypatch.setattr(refrag.TextStream, "update", lambda *_: "Ulm [1]")
+        assert [(c["label"], c["forged"]) for c in reader.answer("Where?", cite=True)["citations"]] == [("1", True)]
+
     def test_choice_follows_the_decoder(self, tiny):
         """Against scoring " [id]" for each id by a full forward: the choice is greedy, token by token."""
         reading, decoder, tokenizer = read(tiny, p=1.0), tiny.model.decoder, tiny.tokenizer.decoder
@@ -379,6 +383,9 @@ class TestModes:
         ask = ["generate", *models, "--max_new", "4", "--gate", "blend"]
         _, out, _ = run(*ask, "--question", "zebra?")
         assert "\nno citation\nno passage was found: the answer is the decoder's own\n" in out
+        _, out, _ = run(*ask, "--question", "bridges?", "--ctx_max", "1")
+        assert "\nno citation\nno passage fits --ctx_max: the answer is the decoder's own\n" in out
+        assert run("search", *models[:2], "--question", "zebra?")[1] == "zebra?\nno passage was found\n"
         _, out, _ = run(*ask, "--question", "bridges?", "--p", "0", "--compressed", "drop")
         assert "\nno citation\nno passage was read as text\n" in out
         _, out, _ = run(*ask, "--question", "bridges?")

@@ -111,8 +111,8 @@ class TestPiped:
         for told in ("error: /docs: nothing has been asked yet", "error: /nothing: no such command, see /help",
                      "error: argument --p: 'much' is not a number", "error: --p must lie between 0 and 1, got 2.0",
                      "error: --mode must be one of refrag, full, none, truncate, got 'magic'", "mode: full",
-                     "error: /save: name a file", "error: /save /nowhere/at/all: ", "/history the questions",
-                     "1. Where do smiths cast bells?"):
+                     "error: /save: name a file", "error: /save /nowhere/at/all: No such file",
+                     "/history the questions", "1. Where do smiths cast bells?"):
             assert told in err, told
         opened = sum(chunk["expanded"] for chunk in first["chunks"])
         shown = err[err.index("chunks read as text"):]
