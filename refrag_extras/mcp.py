@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
+import json
 import re
 import signal
 import threading
@@ -112,6 +114,14 @@ def join_pieces(texts: Sequence[str], overlap: bool) -> str:
     return whole
 
 
+def source_of(first: refrag.Passage, last: refrag.Passage) -> str:
+    """Where people find neighbouring pieces. Example: page 1 and pages 5-6 -> "manual.pdf, pages 1-6" """
+    begins, ends = (json.loads(piece.metadata or "{}") for piece in (first, last))
+    lasts = {name: ends.get(f"last_{name}", ends.get(name)) for name in refrag.PLACES}
+    more = {f"last_{name}": value for name, value in lasts.items() if value != begins.get(name)}
+    return dataclasses.replace(first, metadata=json.dumps(begins | more)).source
+
+
 def search_text(result: dict[str, Any]) -> str:
     return "\n\n".join(f"[{p['rank']}] {heading(p)}\n{p['text']}" for p in result["passages"]) or "no passage was found"
 
@@ -166,7 +176,7 @@ class Toolbox:
         count = args.pieces or (1 if first.part and first.id == args.id else MOST_PIECES)
         some, rest = pieces[:count], pieces[count:]
         text = join_pieces([piece.text for piece in some], index.manifest["settings"]["overlap"] > 0)
-        return {"id": args.id, "title": first.title, "text": text, "source": first.source,
+        return {"id": args.id, "title": first.title, "text": text, "source": source_of(first, some[-1]),
                 "pieces": [piece.id for piece in some], "next": rest[0].id if rest else None}
 
     def answer(self, args: AnswerTool, cancelled: threading.Event) -> dict[str, Any]:

@@ -167,6 +167,14 @@ def test_pieces_of_a_document_are_joined(build, tmp_path):
         assert str(lacking) == "no such tool: answer: there are search, read"
 
 
+def test_pieces_are_found_from_the_first_to_the_last(build, write, tmp_path):
+    build("guide", write("guide.md", f"# Rise\n\n{RIVER}\n\n# Fall\n\n{RIVER}"), "--max_passage_tokens", 64)
+    box = toolbox("--index_dir", tmp_path / "guide", "--tools", "read")
+    calls = [("read", {"id": "guide.md"} | pieces) for pieces in ({}, {"pieces": 2})]
+    assert [result.structured_content["source"] for result in talk(box.server(), *calls)] == [
+        "guide.md, sections Rise to Fall", "guide.md, section Rise"]
+
+
 def test_what_is_refused_before_anything_is_loaded(refused, tiny, tmp_path, monkeypatch):
     assert "no such folder" in refused(2, "mcp", "--index_dir", tmp_path / "nothing")
     assert "nothing to search" in refused(2, "mcp", *tiny, "--mode", "none")
