@@ -541,7 +541,8 @@ def run(serve: refrag.ServeConfig, *configs: Any) -> None:
         app = make_app(engine, serve, host, uploads)
         name = f"[{host}]" if ":" in host else host
         refrag.notice(f"serving on http://{name}:{port} (page at /, description at /docs)")
-        config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=10,
+        level = "warning" if configs[-1].debug else "critical"  # else with a traceback of whatever its end cuts off
+        config = uvicorn.Config(app, log_level=level, timeout_keep_alive=5, timeout_graceful_shutdown=10,
                                 server_header=False)
         uvicorn.Server(config).run(sockets=[listener])
 

@@ -802,6 +802,15 @@ def test_requests_at_work_are_finished_before_it_ends(start, tiny, run):
     assert server.forks.wait(server.pid) == 130 and "Traceback" not in server.said()
 
 
+def test_a_second_ctrl_c_waits_for_no_request(start):
+    server = start()
+    with half_sent(server.url):
+        for _ in range(2):
+            time.sleep(0.5)
+            os.kill(server.pid, signal.SIGINT)
+        assert server.forks.wait(server.pid) == 130 and "Traceback" not in server.said()
+
+
 class TestEngine:
     """Without a network and models: what happens to a job."""
 
