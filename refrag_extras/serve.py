@@ -553,5 +553,6 @@ def listening_socket(serve: refrag.ServeConfig) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
         both = serve.host == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(address[:2], family=family, dualstack_ipv6=both)
-    except OSError as error:
-        raise refrag.UserError(f"--host {serve.host} --port {serve.port}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # the second for a name that can be none
+        reason = getattr(error, "strerror", None) or refrag.one_line(error)
+        raise refrag.UserError(f"--host {serve.host} --port {serve.port}: {reason}") from None

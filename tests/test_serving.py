@@ -515,6 +515,7 @@ class TestHostsAndOrigins:
         assert self.ask("127.0.0.1", "localhost", config=own, **asked, **page).status_code == 403
         assert "--index_dir" in refused(2, "serve", "--writable", "--mode", "none")
         assert "Milvus Lite" in refused(2, "serve", "--writable", "--index_dir", "milvus+file:notes")
+        assert "--host a..b --port 8000: " in refused(2, "serve", "--host", "a..b", "--index_dir", "none")
 
     @pytest.mark.parametrize(("content", "headers", "status", "told"), [
         (b"", {"Content-Length": str((64 << 20) + 1)}, 413, "more than 64 MB"), (b"x", {}, 400, "field file"),
