@@ -1338,7 +1338,7 @@ def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
         for number, line in TextFile(Path(name)).filled_lines():
             where = f"{name}:{number}"
             item = parse_object(line, where)
-            text = item.get("tokens", item.get("text"))
+            text = item[field_in(item, ("tokens", "text"), where)]
             if not isinstance(text, list):
                 text = check_string(text, "text", where)
             elif not all(type(token) is int and 0 <= token < 2**31 for token in text):
