@@ -1495,8 +1495,8 @@ def hub_errors(name: str) -> Iterator[None]:
     except SafetensorError as error:
         raise CorruptError(f"model {name} is damaged ({one_line(error)[:200]}): fetch it again") from None
     except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            raise  # the cache's folder
         told = f"model {name} could not be loaded ({one_line(error)[:300]}): check the name and the network"
         raise MissingError(told) from error
 
