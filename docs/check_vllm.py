@@ -117,7 +117,7 @@ def compare_answers(here: refrag.Pipeline, there: refrag.Pipeline, questions: li
 @torch.inference_mode()
 def known_differences(here: refrag.Pipeline, base: torch.nn.Module) -> list[dict[str, Any]]:
     """What vllm_engine compares at the start, for other precisions and weights than those noted down."""
-    decoder, known = here.model.decoder, json.loads(vllm_engine.known_path(here.model).read_text())
+    decoder, known = here.model.decoder, json.loads(vllm_engine.reference_path(here.model).read_text())
     untrained = dict(base.named_parameters())
 
     def partly(share: float) -> torch.nn.Module:
@@ -131,7 +131,7 @@ def known_differences(here: refrag.Pipeline, base: torch.nn.Module) -> list[dict
                         ("in bfloat16", copy.deepcopy(decoder).bfloat16()),
                         ("with nine tenths of its training", partly(0.9)), ("before its training", base)):
         logits = other(input_ids=torch.tensor([known["ids"]]), use_cache=False).logits[0].float().log_softmax(-1)
-        tops = [logits[n - 1].topk(vllm_engine.ASKED) for n in known["lengths"]]
+        tops = [logits[n - 1].topk(vllm_engine.LOGPROBS) for n in known["lengths"]]
         said = [{f"token_id:{token}": value for value, token in zip(*map(torch.Tensor.tolist, top), strict=True)}
                 for top in tops]
         rows.append({"the decoder": name, "differs by, nats": round(vllm_engine.difference(said, known), 4)})

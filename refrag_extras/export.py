@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 import refrag
@@ -45,9 +42,7 @@ def export_prompt(pipeline: refrag.Pipeline, item: dict[str, Any], folder: Path,
         "prompt": refrag.show_plan(context, plan, pipeline.tokenizer),
         "stop_token_ids": sorted(settings.stop_tokens), "max_tokens": settings.max_new,
         "dtype": str(inputs.dtype).removeprefix("torch."), "settings": pipeline.describe(settings)}
-    data = io.BytesIO()
-    torch.save(inputs, data)
-    request = {"model": "DECODER", "prompt_embeds": base64.b64encode(data.getvalue()).decode(), "stream": False,
+    request = {"model": "DECODER", "prompt_embeds": vllm_engine.in_base64(inputs), "stream": False,
                **{name: facts[name] for name in ("max_tokens", "stop_token_ids")},
                "temperature": settings.temperature, "top_p": settings.top_p}
     with refrag.new_folder(folder) as temporary:
@@ -58,5 +53,5 @@ def export_prompt(pipeline: refrag.Pipeline, item: dict[str, Any], folder: Path,
         if with_decoder:
             decoder.save_pretrained(temporary / "decoder")
             pipeline.tokenizer.decoder.save_pretrained(temporary / "decoder")
-            vllm_engine.note_known(pipeline.model)
+            vllm_engine.write_reference(pipeline.model)
     return facts

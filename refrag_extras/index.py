@@ -511,17 +511,27 @@ def load_build(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: re
     return kind(index.index_dir, previous, build, retriever, embedder, chunking, settings, sources)
 
 
-def lock(index_dir: str) -> contextlib.AbstractContextManager:
-    """The writers' lock of an index folder, new or not; in Milvus there is none. Raises RefragError."""
+@contextlib.contextmanager
+def lock(index_dir: str) -> Iterator[None]:
+    """The writers' lock of an index folder; a new folder in which nothing was kept is removed. In Milvus there is none.
+    Raises RefragError."""
     if milvus := refrag.milvus_for(index_dir):
-        return contextlib.nullcontext(milvus.exists(index_dir))
+        milvus.exists(index_dir)  # an address where nobody answers is told now
+        yield
+        return
     path = Path(index_dir)
     require(not path.exists() or path.is_dir(), f"--index_dir {path} is a file: name a folder")
     names = [p.name for p in path.iterdir()] if path.exists() else []
     foreign = [n for n in names if not re.fullmatch(r"manifest\.json|gen-\d+|\..*|Thumbs\.db|desktop\.ini", n)]
     require(not foreign, f"--index_dir {path} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
+    is_new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    return refrag.exclusive(path / ".lock", f"index {path}")
+    with refrag.exclusive(path / ".lock", f"index {path}"):
+        try:
+            yield
+        finally:
+            if is_new and [p.name for p in path.iterdir()] == [".lock"]:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def run(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: refrag.BuildConfig,
@@ -531,8 +541,6 @@ def run(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: refrag.Bu
     require(bool(corpus.corpus) != bool(build.delete) or build.delete_all,
             "--delete takes no --corpus" if build.delete else "--corpus is missing: name files or folders")
     _, unread = corpus_files(corpus.corpus, {})  # report a missing path before doing any work
-    if build.add or build.delete:
-        refrag.index_manifest(index.index_dir)  # where no index is, its lock would leave a folder
     if build.sync and any(refrag.kind_of(path) in documents.READERS for path in unread):
         raise refrag.MissingError(f"--sync would delete documents that cannot be read here: {documents.INSTALL}")
     if os.environ.get("WORLD_SIZE", "1") != "1" and not process_group().is_main_process:

@@ -162,27 +162,27 @@ class Toolbox:
         else:
             self.searcher = refrag.load_searcher(self.configs[0], self.configs[1], self.runtime)
 
-    def search(self, asked: SearchTool, cancelled: threading.Event) -> dict[str, Any]:
-        passages = self.searcher.search(asked.question, asked.topk, asked.hops, asked.where)
-        return {"id": "1", "question": asked.question, "passages": [p.to_json() for p in passages]}
+    def search(self, args: SearchTool, cancelled: threading.Event) -> dict[str, Any]:
+        passages = self.searcher.search(args.question, args.topk, args.hops, args.where)
+        return {"id": "1", "question": args.question, "passages": [p.to_json() for p in passages]}
 
-    def read(self, asked: ReadTool, cancelled: threading.Event) -> dict[str, Any]:
+    def read(self, args: ReadTool, cancelled: threading.Event) -> dict[str, Any]:
         index = self.searcher.index
-        found = index.rows_of([asked.id]).get(asked.id)
-        refrag.require(found is not None, f"id {asked.id!r}: no document or passage has it: take one that search found")
+        found = index.rows_of([args.id]).get(args.id)
+        refrag.require(found is not None, f"id {args.id!r}: no document or passage has it: take one that search found")
         first = min((index[row] for row in found), key=lambda passage: passage.part)
         document = sorted((index[row] for row in index.rows_with([first.document_id])), key=lambda p: p.part)
         pieces = document[document.index(first):]
-        count = asked.pieces or (1 if first.part and first.id == asked.id else MOST_PIECES)
+        count = args.pieces or (1 if first.part and first.id == args.id else MOST_PIECES)
         some, rest = pieces[:count], pieces[count:]
         text = join_pieces([piece.text for piece in some], index.manifest["settings"]["overlap"] > 0)
-        return {"id": asked.id, "title": first.title, "text": text, "source": source_of(first, some[-1]),
+        return {"id": args.id, "title": first.title, "text": text, "source": source_of(first, some[-1]),
                 "pieces": [piece.id for piece in some], "next": rest[0].id if rest else None}
 
-    def answer(self, asked: AnswerTool, cancelled: threading.Event) -> dict[str, Any]:
+    def answer(self, args: AnswerTool, cancelled: threading.Event) -> dict[str, Any]:
         """As of `generate`; without the list of all chunks, which is longer than the rest, unless --explain is set."""
         sampler = torch.Generator().manual_seed(self.pipeline.seed)
-        result = self.pipeline.answer(on_text=lambda text: cancelled.is_set(), sampler=sampler, **vars(asked))
+        result = self.pipeline.answer(on_text=lambda text: cancelled.is_set(), sampler=sampler, **vars(args))
         if not self.pipeline.settings.explain:
             del result["chunks"]
         return result
@@ -191,9 +191,9 @@ class Toolbox:
         """The result of a tool, which may be an error."""
         tool, shown = TOOLS[name], {"search": search_text, "read": read_text, "answer": answer_text}[name]
         try:
-            asked = read_arguments(tool, arguments, self.usual)
+            args = read_arguments(tool, arguments, self.usual)
             self.searcher.index.refresh()
-            result = getattr(self, name)(asked, cancelled)
+            result = getattr(self, name)(args, cancelled)
             return CallToolResult(content=[TextContent(text=shown(result))], structured_content=result)
         except Exception as error:
             code, message = refrag.classify(error)

@@ -101,7 +101,7 @@ def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Ite
     if not writes:
         yield
         return
-    made = not folder.exists()
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with refrag.exclusive(folder / ".lock", f"run {folder}"):
         for left in folder.glob(".*.tmp"):  # a checkpoint or a picture that a kill left unfinished
@@ -109,7 +109,7 @@ def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Ite
         try:
             yield
         finally:
-            if made and not (folder / first).is_file():
+            if is_new and not (folder / first).is_file():
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -137,6 +137,8 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 class RunLog:
+    """The records of a run's metrics.jsonl: at a start none, else those up to the checkpoint that it goes on from."""
+
     def __init__(self, folder: Path, writes: bool, step: int):
         self.path, self.writes, self.records = folder / "metrics.jsonl", writes, []
         for line in self.path.read_bytes().splitlines() if self.path.is_file() and step else ():

@@ -45,7 +45,7 @@ def run(index: refrag.IndexConfig, ask: refrag.QuestionConfig, search: refrag.Se
     searcher = refrag.load_searcher(index, search, runtime)
     results = [{"id": q["id"], "question": q["question"],
                 "passages": searcher.search(q["question"], search.topk, search.hops, search.where)}
-               for q in refrag.progress(questions, "searching", total=len(questions))]
+               for q in refrag.progress(questions, "searching")]
     if form.format == "json" or runtime.json:
         found = [result | {"passages": [p.to_json() for p in result["passages"]]} for result in results]
         print(refrag.dumps(found[0] if ask.questions is None else {"results": found}))

@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -98,6 +98,7 @@ def joined_parts(content: Any) -> Any:
 
 
 def listed(value: Any) -> Any:
+    """One text counts as a list of it."""
     return [value] if isinstance(value, str) else value
 
 
@@ -417,26 +418,26 @@ class Service:
 
     async def chat(self, request: Request) -> Response:
         asked = ChatRequest.read(await read_body(request, self.serve.timeout), self.engine.pipeline)
-        loop, told = asyncio.get_running_loop(), asyncio.Queue()
-        job = Job(asked, self.serve.timeout, lambda *what: loop.call_soon_threadsafe(told.put_nowait, what))
+        loop, updates = asyncio.get_running_loop(), asyncio.Queue()
+        job = Job(asked, self.serve.timeout, lambda *update: loop.call_soon_threadsafe(updates.put_nowait, update))
         self.engine.submit(job)
         try:
-            kind, value = await self.next_told(request, job, told)  # an error has its own status still
+            kind, value = await self.next_update(request, updates)  # an error has its own status still
             while kind == "text" and not asked.stream:
-                kind, value = await self.next_told(request, job, told)
+                kind, value = await self.next_update(request, updates)
         except BaseException:
             job.cancelled = True
             raise
         if asked.stream:
-            return StreamingResponse(self.in_pieces(job, told, kind, value), media_type="text/event-stream",
+            return StreamingResponse(self.in_pieces(job, updates, kind, value), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-cache"})
         message = {"role": "assistant", "content": value["answer"], "refusal": None}
         return JSONResponse(reply(job, "chat.completion", [choice({"message": message}, value["ended"])],
                                   usage=usage_of(value), refrag=refrag_fields(value)))
 
-    async def next_told(self, request: Request, job: Job, told: asyncio.Queue) -> tuple[str, Any]:
+    async def next_update(self, request: Request, updates: asyncio.Queue) -> tuple[str, Any]:
         """What a job tells next. Raises Refused for an error, ClientDisconnect when the client has gone."""
-        waiting = asyncio.ensure_future(told.get())
+        waiting = asyncio.ensure_future(updates.get())
         try:
             while not (await asyncio.wait([waiting], timeout=0.25))[0]:
                 if await request.is_disconnected():
@@ -449,7 +450,7 @@ class Service:
             raise value
         return kind, value
 
-    async def in_pieces(self, job: Job, told: asyncio.Queue, kind: str, value: Any) -> Any:
+    async def in_pieces(self, job: Job, updates: asyncio.Queue, kind: str, value: Any) -> AsyncIterator[str]:
         """The reply as events. When the client goes, Starlette ends this, and that ends the job."""
         try:
             role = choice({"delta": {"role": "assistant", "content": ""}}, None)
@@ -459,7 +460,7 @@ class Service:
                     yield part
                 if kind != "text":
                     return
-                kind, value = await told.get()
+                kind, value = await updates.get()
         finally:
             job.cancelled = True
 

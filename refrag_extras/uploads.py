@@ -125,8 +125,9 @@ class Uploads:
                 yield event({"stage": "waiting"})
             async with self.turn:
                 with self.staged(files):
-                    async for state in self.index():
-                        yield event(state)
+                    async with contextlib.aclosing(self.index()) as states:  # ends the process before the files go
+                        async for state in states:
+                            yield event(state)
         except Exception as error:
             yield event({"error": {"message": refrag.classify(error)[1]}})
         finally:

@@ -3,7 +3,7 @@
 A mixed prompt has no token ids: it goes to /v1/completions as `prompt_embeds`, a tensor (P, D) as torch.save writes it,
 in base64. Token ids come back (`return_token_ids`), so that texts, stops and citations are made of them as ever.
 Of the decoder only its token embeddings are here, and the layers that the encoder is cut from. Whether the server has
-the same decoder is told by a known prompt, for which `export --decoder` notes down the log probabilities.
+the same decoder is told by a fixed prompt, for which `export --decoder` keeps the log probabilities.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from transformers import AutoModel
 import refrag
 
 TIMEOUT = 600  # seconds without a byte of a reply
-KNOWN = ("Answer from the documents. Where do smiths cast bells?\n<doc id=\"1\">Copper and tin make bronze, which "
+PROBE = ("Answer from the documents. Where do smiths cast bells?\n<doc id=\"1\">Copper and tin make bronze, which "
          "melts at 950 degrees. Smiths in the valley cast bells from it.</doc>\nAnswer: In the valley [1]. In 1896 the "
          "first modern games opened in Athens before 60,000 people, and 14 nations sent athletes.")
-POSITIONS, TOP = 12, 5  # where in KNOWN the next token's log probabilities are compared, and of how many tokens
+POSITIONS, TOP = 12, 5  # where in PROBE the next token's log probabilities are compared, and of how many tokens
 LOGPROBS = 20  # log probabilities, the most that vLLM gives unless it was started with more
 TOLERANCE = 0.2  # nats, on the mean: see docs/RESULTS.md for what other precisions and other decoders differ by
 
@@ -87,15 +87,15 @@ def make_stepper(decoder: Embeddings, engine: str) -> Server:
     return decoder.server
 
 
-def known_path(model: refrag.RefragModel) -> Path:
+def reference_path(model: refrag.RefragModel) -> Path:
     digest = refrag.weights_fingerprint(model.decoder.get_input_embeddings(), model.checkpoint)
     return refrag.cache_home() / "decoders" / f"{digest}.json"
 
 
 @torch.inference_mode()
-def note_known(model: refrag.RefragModel) -> None:
-    """Write down what the decoder says to KNOWN, for `Server.check` here or on another machine."""
-    path, ids = known_path(model), model.encoder.tokenizer.decoder(KNOWN)["input_ids"]
+def write_reference(model: refrag.RefragModel) -> None:
+    """Keep the decoder's log probabilities for PROBE, for `Server.check` here or on another machine."""
+    path, ids = reference_path(model), model.encoder.tokenizer.decoder(PROBE)["input_ids"]
     lengths = [len(ids) * n // POSITIONS for n in range(1, POSITIONS + 1)]
     logits = model.decoder(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]  # (T, V)
     top = logits[[n - 1 for n in lengths]].float().log_softmax(-1).topk(TOP)  # (POSITIONS, TOP)
@@ -104,15 +104,16 @@ def note_known(model: refrag.RefragModel) -> None:
                                           "logprobs": top.values.tolist()}))
 
 
-def difference(said: list[dict[str, float]], known: dict[str, Any]) -> float:
-    """Mean distance of log probabilities from those noted down, in nats. said: by "token_id:N", the most probable."""
+def difference(served: list[dict[str, float]], reference: dict[str, Any]) -> float:
+    """Mean distance of log probabilities from those kept, in nats. served: the most probable ones, by "token_id:N", at
+    each of POSITIONS."""
     pairs = [(top.get(f"token_id:{token}", min(top.values())), logprob)
-             for top, *noted in zip(said, known["tokens"], known["logprobs"], strict=True)
-             for token, logprob in zip(*noted, strict=True)]
+             for top, *kept in zip(served, reference["tokens"], reference["logprobs"], strict=True)
+             for token, logprob in zip(*kept, strict=True)]
     return sum(abs(a - b) for a, b in pairs) / len(pairs)
 
 
-def packed(inputs: Tensor) -> str:
+def in_base64(inputs: Tensor) -> str:
     """A prompt (P, D) as vLLM takes it."""
     data = io.BytesIO()
     torch.save(inputs.detach().cpu().clone(), data)  # of a view, all that it looks at would be saved
@@ -133,11 +134,11 @@ class Server:
             raise refrag.MissingError(f"{self.name}: what answers there is no vLLM server: name another port") from None
 
     def adopt(self, model: refrag.RefragModel) -> None:
-        """Take what is needed of a model beside its reading: tokenizer, embeddings, what the decoder says to KNOWN."""
+        """Take from a model what `write` and `check` need: tokenizer, embeddings, its log probabilities for PROBE."""
         self.tokenizer = copy.deepcopy(model.encoder.tokenizer.decoder)  # threads that write must not share it
-        self.table, path = model.decoder.table, known_path(model)
+        self.table, path = model.decoder.table, reference_path(model)
         try:
-            self.known = json.loads(path.read_text(encoding="utf-8"))
+            self.reference = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise refrag.MissingError(f"{self.name}: nothing here tells its decoder from others: run refrag.py export "
                                       f"--decoder, or copy {path} from where it ran") from None
@@ -170,8 +171,8 @@ class Server:
 
     def next_token(self, prompts: list[Tensor], **options: Any) -> list[dict[str, Any]]:
         """vLLM's choices for the next token of each prompt (P, D), the most probable one."""
-        [reply] = self.replies("/v1/completions", prompt_embeds=list(map(packed, prompts)), max_tokens=1, temperature=0,
-                               return_token_ids=True, **options)
+        [reply] = self.replies("/v1/completions", prompt_embeds=list(map(in_base64, prompts)), max_tokens=1,
+                               temperature=0, return_token_ids=True, **options)
         return sorted(reply["choices"], key=lambda choice: choice["index"])
 
     @torch.inference_mode()
@@ -179,14 +180,14 @@ class Server:
         return self.table(torch.tensor(ids, dtype=torch.long, device=self.table.weight.device))  # (T, D)
 
     def check(self) -> None:
-        """Raise MismatchError unless the server says to KNOWN what the decoder does."""
-        inputs = self.embed(self.known["ids"])
+        """Raise MismatchError unless the server's log probabilities for PROBE are the decoder's."""
+        inputs = self.embed(self.reference["ids"])
         try:
-            said = self.next_token([inputs[:n] for n in self.known["lengths"]], logprobs=LOGPROBS,
+            choices = self.next_token([inputs[:n] for n in self.reference["lengths"]], logprobs=LOGPROBS,
                                    return_tokens_as_token_ids=True)
         except refrag.UserError as error:
             raise refrag.MismatchError(str(error)) if "hidden_size" in str(error) else error from None
-        self.differs_by = difference([choice["logprobs"]["top_logprobs"][0] for choice in said], self.known)
+        self.differs_by = difference([choice["logprobs"]["top_logprobs"][0] for choice in choices], self.reference)
         if not self.differs_by <= TOLERANCE:
             raise refrag.MismatchError(f"{self.name} serves {self.model}, another decoder than that of --dec and "
                                        f"--load_dir (log probabilities differ by {self.differs_by:.2f} nats): let it "
@@ -212,7 +213,7 @@ class Server:
         """As `refrag.decode` with one sequence; a token's time is that of its arrival."""
         out, reason = refrag.Decoded([], [], False), None
         with contextlib.closing(self.replies(
-                "/v1/completions", prompt_embeds=packed(inputs), max_tokens=settings.max_new, stream=True,
+                "/v1/completions", prompt_embeds=in_base64(inputs), max_tokens=settings.max_new, stream=True,
                 stop_token_ids=sorted(settings.stop_tokens), return_token_ids=True, **sampling(settings))) as events:
             for event in events:
                 [choice] = event["choices"]

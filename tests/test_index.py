@@ -124,9 +124,10 @@ def test_an_index_is_never_emptied_by_mistake(tmp_path, write, build, done, refu
                 (["--delete", "p5", "p9", "p5#1"], "--delete p9 p5#1: the index has no such document"),
                 (["--delete", "p5", "--corpus", empty], "--delete takes no --corpus")):
             assert message in refused(2, *line, *flags)
-    for flags in (["--delete", "p5"], ["--add", "--corpus", tmp_path / "rows.jsonl"]):
-        assert "no such folder" in refused(2, "index", "--index_dir", tmp_path / "gone", "--dec", llama, *flags)
-    assert not (tmp_path / "gone").exists()
+    for flags, message in ((["--delete", "p5"], "no index in this folder"), (["--corpus", empty], "no passages in it"),
+                           (["--add", "--corpus", tmp_path / "rows.jsonl"], "no index in this folder")):
+        assert message in refused(2, "index", "--index_dir", tmp_path / "new", "--dec", llama, *WORDS, *flags)
+        assert not (tmp_path / "new").exists()
     assert done(*line, "--delete", "p5", "p0")["deleted_documents"] == 2
     assert done(*line, "--sync", "--corpus", empty, "--delete_all")["passages"] == 0
     assert done("search", "--index_dir", tmp_path / "i", "--question", "bells")["passages"] == []
