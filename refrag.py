@@ -1338,7 +1338,7 @@ def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
         for number, line in TextFile(Path(name)).filled_lines():
             where = f"{name}:{number}"
             item = parse_object(line, where)
-            text = item.get("tokens", item.get("text"))
+            text = item[field_in(item, ("tokens", "text"), where)]
             if not isinstance(text, list):
                 text = check_string(text, "text", where)
             elif not all(type(token) is int and 0 <= token < 2**31 for token in text):
@@ -1495,8 +1495,8 @@ def hub_errors(name: str) -> Iterator[None]:
     except SafetensorError as error:
         raise CorruptError(f"model {name} is damaged ({one_line(error)[:200]}): fetch it again") from None
     except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            raise  # the cache's folder
         told = f"model {name} could not be loaded ({one_line(error)[:300]}): check the name and the network"
         raise MissingError(told) from error
 

@@ -37,7 +37,7 @@ TRAINING = [
     (b"", "no text to train on"), (b"\n \r\n\t\n\n", "no text to train on"), ([{"tokens": []}], "no text to train on"),
     ([{"text": ""}], "no text to train on"), (b'{"text": "good"}\n\n{"text": \n', "PATH:3: malformed JSON"),
     (b'{"text": "good"}\n["text"]\n', "PATH:2: expected a JSON object, got list"),
-    ([{"title": "x"}], "PATH:1: text must be a string, got NoneType"),
+    ([{"title": "x"}], "PATH:1: no tokens (nor text) among its keys: title"),
     (b'{"text": "\\ud800"}\n', "PATH:1: text holds half of a surrogate pair"),
     (b'{"text": "good"}\n{"text": "b\xff"}\n', "PATH:2: invalid UTF-8"),
     *(([{"tokens": tokens}], "PATH:1: tokens must be whole numbers") for tokens in ([1, 2.5], [True] * 9, ["7"] * 9,

@@ -586,8 +586,9 @@ def test_a_folder_or_a_hub_id_is_taken(tmp_path, monkeypatch):
     for name in ("./nowhere", "/nowhere/model", "~/nowhere", "a/b/c", "C:\\models\\x", "file.bin"):
         with pytest.raises(refrag.MissingError, match="is not there"):
             refrag.model_path(name)
-    with pytest.raises(OSError, match="full"), refrag.hub_errors("model"):
-        raise OSError(errno.ENOSPC, "full")
+    for number in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        with pytest.raises(OSError, match="refused"), refrag.hub_errors("model"):
+            raise OSError(number, "refused")
     for home, place in ((str(tmp_path / "here"), tmp_path / "here"), ("", tmp_path / ".cache" / "refrag")):
         monkeypatch.setenv("REFRAG_HOME", home)
         assert refrag.cache_home() == place
