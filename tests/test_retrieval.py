@@ -499,22 +499,17 @@ def test_the_embedder_computes_in_bfloat16_where_the_device_does(embedder, monke
         assert all(state.dtype == np.float32 for state in states)
 
 
-def test_only_what_an_embedder_here_computes_alike_is_not_left_to_the_library(write, tmp_path):
-    kinds = zip(("Transformer", "Pooling", "Normalize"), ("", "1_Pooling", "2_Normalize"), strict=True)
-    usual = {"modules.json": [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds],
-             "1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
-             "sentence_bert_config.json": {"max_seq_length": 256, "do_lower_case": False},
-             "config_sentence_transformers.json": {"__version__": {}}}
-
-    def fits(**changes):
-        for name, content in (usual | {f"{name}.json": value for name, value in changes.items()}).items():
-            write(name, json.dumps(content))
-        return MeanEmbedder.fits(str(tmp_path))
-
-    old = [{**usual["modules.json"][0], "path": "0_Transformer"}, *usual["modules.json"][1:]]
-    assert fits() and not fits(modules=old) and not fits(modules=usual["modules.json"][:2])
-    assert not fits(sentence_bert_config={"max_seq_length": 256, "do_lower_case": True})
-    assert not fits(config_sentence_transformers={"__version__": {}, "prompts": {"query": "query: "}})
+def test_a_model_that_is_more_than_a_mean_is_left_to_the_library(write, tmp_path):
+    parts = [{"type": f"models.{kind}", "path": path} for kind, path in (
+        ("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))]
+    usual = {"modules": parts, "1_Pooling/config": {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
+             "sentence_bert_config": {"do_lower_case": False}, "config_sentence_transformers": {"__version__": {}}}
+    for change in ({}, {"modules": parts[:2]}, {"modules": [{**parts[0], "path": "0_Transformer"}, *parts[1:]]},
+                   {"sentence_bert_config": {"do_lower_case": True}}, {"1_Pooling/config": {"include_prompt": True}},
+                   {"config_sentence_transformers": {"__version__": {}, "prompts": {"query": "query: "}}}):
+        for name, content in (usual | change).items():
+            write(f"{name}.json", json.dumps(content))
+        assert MeanEmbedder.fits(str(tmp_path)) == (not change)
 
 
 @pytest.mark.models

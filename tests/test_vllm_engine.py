@@ -214,6 +214,8 @@ def test_of_the_decoder_only_the_embeddings_are_here(served, tiny):
     assert len(pipeline.model.encoder.backbone.layers) == 2
     with pytest.raises(refrag.UserError, match="--gate ppl"):
         pipeline.answer(QUESTIONS[0], gate="ppl")
+    with pytest.raises(refrag.UserError, match="--enc decoder:99: the decoder has"):
+        pipeline_of(served, [*tiny, "--enc", "decoder:99"])
     served.window = 64
     with pytest.raises(refrag.TooLongError, match="window is 64"):
         pipeline_of(served, tiny).answer(QUESTIONS[0])
@@ -221,17 +223,13 @@ def test_of_the_decoder_only_the_embeddings_are_here(served, tiny):
 
 def test_the_first_layers_alone_make_the_same_encoder_and_the_same_inputs(any_decoder):
     """Whatever the decoder's architecture: indexes are read by the encoder's fingerprint."""
-    def model_of(layers):
-        config = refrag.RefragConfig(encoder_name_or_path=f"decoder:{layers}", decoder_name_or_path=str(any_decoder))
-        first = vllm_engine.first_part(config, RUNTIME)
-        return first, refrag.build_model(config, torch.device("cpu"), torch.float32, decoder=first)
-
-    (first, alone), whole = model_of(2), build("decoder:2", any_decoder)
+    device, config = torch.device("cpu"), refrag.RefragConfig(encoder_name_or_path="decoder:2",
+                                                              decoder_name_or_path=str(any_decoder))
+    first = vllm_engine.first_part(config, RUNTIME)
+    alone, whole = refrag.build_model(config, device, torch.float32, decoder=first), build("decoder:2", any_decoder)
     assert alone.encoder.fingerprint == whole.encoder.fingerprint and alone.window == whole.window
     inputs = [model.decoder.get_input_embeddings()(torch.arange(9)) for model in (alone, whole)]
     assert torch.equal(*inputs) and len(list(first.parameters())) < len(list(whole.decoder.parameters()))
-    with pytest.raises(refrag.UserError, match="--enc decoder:99: the decoder has"):
-        model_of(99)
 
 
 def test_a_stop_or_a_client_that_goes_ends_the_work_there(served, tiny, done):
