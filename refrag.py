@@ -1413,6 +1413,12 @@ def as_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def field_values(facts: dict[str, Any], name: str) -> list[Any]:
+    """What a filter compares: of a list each element; of a passage that goes on to another page, both."""
+    value, last = facts.get(name), facts.get(f"last_{name}") if name in PLACES else None
+    return [v for v in (*(value if isinstance(value, list) else [value]), last) if v is not None]
+
+
 class Filter:
     """Applies --where to passages. column: gives their "document", "title" or "metadata", a JSON object or empty."""
 
@@ -1425,14 +1431,13 @@ class Filter:
         if name not in self.fields:
             found, key = [], json.dumps(name)
             for row, text in enumerate(self.column({"id": "document", "title": "title"}.get(name, "metadata"))):
-                value = text if name in ("id", "title") else json.loads(text).get(name) if key in text else None
-                found += [(row, v) for v in (value if isinstance(value, list) else [value]) if v is not None]
+                facts = {name: text} if name in ("id", "title") else json.loads(text) if key in text else {}
+                found += [(row, value) for value in field_values(facts, name)]
             if not found:
                 names = sorted({name for text in self.column("metadata") if text for name in json.loads(text)})
                 raise UserError(f"--where: no passage has a field {name!r}: there are id, title, {', '.join(names)}")
-            texts = [as_text(value) for _, value in found]
-            self.fields[name] = (np.asarray([row for row, _ in found]), np.asarray(texts, dtype=object),
-                                 np.asarray([as_number(value) for _, value in found]))
+            rows, own = zip(*found, strict=True)
+            self.fields[name] = np.array(rows), np.array([*map(as_text, own)], object), np.array([*map(as_number, own)])
         return self.fields[name]
 
     def allowed(self, where: str) -> np.ndarray:
@@ -1441,8 +1446,7 @@ class Filter:
         for conditions in parse_where(where):
             passed = np.zeros(self.size, dtype=np.int64)  # how many of the conditions
             for sign, name, value in conditions:
-                rows, texts, numbers = self.values(name)
-                number = as_number(value)
+                (rows, texts, numbers), number = self.values(name), as_number(value)
                 hits = COMPARISONS[sign](texts, value) if math.isnan(number) else COMPARISONS[sign](numbers, number)
                 passed[rows[hits.astype(bool)]] += 1  # of several values in a row, one counts
             allowed |= passed == len(conditions)

@@ -78,8 +78,8 @@ def number_of(value: Any) -> float:
 def comparable(fields: dict[str, Any]) -> dict[str, Any]:
     """Of each field the texts of its elements and their ends, the same of its numbers, whether one is no number."""
     found = {}
-    for name, value in fields.items():
-        values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
+    for name in fields:
+        values = refrag.field_values(fields, name)
         numbers = [number for number in map(number_of, values) if not math.isnan(number)]
         for kind, own in (("text", list(map(refrag.as_text, values))), ("number", numbers)):
             if own:

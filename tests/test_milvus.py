@@ -53,7 +53,7 @@ def rows(seed, count=30):
              lambda: rng.choice(["en", "de", "Ärger"]), lambda: None,
              lambda: rng.sample(["red", "green", 7, "7.0", 'q"\\'], rng.randint(1, 3))]
     return [{"id": f"{rng.choice('ab/')}{n}", "title": rng.choice(["", "Delta", "River notes"]),
-             "text": " ".join(rng.choices(TERMS, k=rng.randint(1, 25))) + f" x{n}",
+             "text": " ".join(rng.choices(TERMS, k=rng.randint(1, 25))) + f" x{n}", "page": n, "last_page": n + 1,
              **{name: rng.choice(kinds)() for name in rng.sample(["year", "lang", "tags", "odd/name"], 2)}}
             for n in range(count)]
 
@@ -65,7 +65,7 @@ def scores(index, found):
 WHERES = ["year = 1990", "year != 1990", "year < 1991", "year >= 1990", "year = old", "year > a", "year = true",
           "lang = en and year <= 2000", "lang != en or tags = red", "lang >= z", "tags = 7", "tags != 7",
           "tags < green", "tags = 'q\"\\'", "id > a2", "id = a1", "title = Delta", "title != 'River notes'",
-          "'odd/name' != x"]
+          "'odd/name' != x", "page = 5", "page <= 7 and page > 2"]
 
 
 def check_same(folder, milvus, questions, wheres=(), exact=True):

@@ -397,6 +397,14 @@ def test_a_filter_golden_and_one_that_cannot_be_read(tmp_path, build, refused):
         assert "--where" in message, where
 
 
+@pytest.mark.parametrize(("where", "found"), [
+    ("page = 9", "ab"), ("page = 10", "bc"), ("page >= 10", "bc"), ("page < 9", ""), ("heading = Oars", "b")])
+def test_a_passage_is_on_the_page_it_begins_on_and_on_that_it_ends_on(where, found):
+    facts = [{"page": 9}, {"page": 9, "last_page": 10, "heading": "Boats", "last_heading": "Oars"}, {"page": 10}]
+    allowed = refrag.Filter(3, lambda column: map(json.dumps, facts)).allowed(where)
+    assert "".join(np.array([*"abc"])[allowed]) == found
+
+
 def test_searches_are_filtered(filtered, ask):
     for retriever, hops in itertools.product(("hybrid", "dense", "bm25"), (1, 2)):
         found = ask(filtered[1]["flat"].path, "river 7 floods", "--where", "year = 1990 and lang = en", "--retriever",
