@@ -49,16 +49,16 @@ def recon_exam(texts: refrag.Texts, numbers: Iterable[int], ks: Iterable[int],
     return exam
 
 
-def text_kinds(names: Sequence[str], given: dict[type, Any], encoder: refrag.ChunkEncoder) -> dict[str, Kind]:
-    """Lessons over texts. given: options by class. Raises UserError if every text is too short."""
-    train, after, answers, mix = (given.get(cls) for cls in (TrainConfig, NextConfig, AnswersConfig, MixConfig))
-    files, ks, size = mix or given[TextConfig], sorted(set(train.k)), mix.text_tokens if mix else train.seq_tokens
+def text_kinds(names: Sequence[str], options: dict[type, Any], encoder: refrag.ChunkEncoder) -> dict[str, Kind]:
+    """Lessons over texts. options: by their class. Raises UserError if every text is too short."""
+    train, after, answers, mix = (options.get(cls) for cls in (TrainConfig, NextConfig, AnswersConfig, MixConfig))
+    files, ks, size = mix or options[TextConfig], sorted(set(train.k)), mix.text_tokens if mix else train.seq_tokens
     least = min(ks) + (list(names) != ["recon"])  # the others ask for a token beyond the first chunk
     flag = "--text_tokens" if mix else "--seq_tokens"
     require(size >= least, f"{flag} {size} leaves nothing beyond one chunk of --k {min(ks)}: give {least} or more")
-    makers = {"recon": functools.partial(refrag.recon, curriculum=given[ReconConfig].curriculum),
+    makers = {"recon": functools.partial(refrag.recon, curriculum=options[ReconConfig].curriculum),
               "next": functools.partial(refrag.following, recon_frac=after.recon_frac, expand_frac=after.expand_frac),
-              "cloze": functools.partial(refrag.cloze, p=answers.p, topk=given[SearchConfig].topk,
+              "cloze": functools.partial(refrag.cloze, p=answers.p, topk=options[SearchConfig].topk,
                                          seq_tokens=train.seq_tokens),
               "align": refrag.align}
     sources = []
@@ -126,18 +126,18 @@ def open_run(folder: Path, facts: dict[str, Any], resume: bool) -> Path | None:
     return refrag.open_checkpoint(folder).path
 
 
-def lesson_kinds(names: Sequence[str], given: dict[type, Any], model: refrag.RefragModel) -> dict[str, Kind]:
-    """The lessons of some kinds. given: options by class. Raises RefragError."""
-    mix, answers, search = given.get(MixConfig), given[AnswersConfig], given[SearchConfig]
+def lesson_kinds(names: Sequence[str], options: dict[type, Any], model: refrag.RefragModel) -> dict[str, Kind]:
+    """The lessons of some kinds. options: by their class. Raises RefragError."""
+    mix, answers, search = options.get(MixConfig), options[AnswersConfig], options[SearchConfig]
     textual, kinds = [name for name in names if name != "qa"], {}
     if textual:
-        kinds = text_kinds(textual, given, model.encoder)
+        kinds = text_kinds(textual, options, model.encoder)
     if "qa" in names:
-        searcher = refrag.load_searcher(given[IndexConfig], search, given[RuntimeConfig])
+        searcher = refrag.load_searcher(options[IndexConfig], search, options[RuntimeConfig])
         gate = refrag.load_gate(model, "gate", searcher.embedder) if answers.gate_frac else None
-        held_out = mix.eval_rag_json if mix else given[SftConfig].eval_json
-        questions = refrag.Questions(model.encoder, given[TrainConfig], answers, searcher, search,
-                                     {"--rag_json": (mix or given[SftConfig]).rag_json, "--eval_json": held_out}, gate)
+        held_out = {"--eval_rag_json": mix.eval_rag_json} if mix else {"--eval_json": options[SftConfig].eval_json}
+        files = {"--rag_json": (mix or options[SftConfig]).rag_json} | held_out
+        questions = refrag.Questions(model.encoder, options[TrainConfig], answers, searcher, search, files, gate)
         kinds["qa"] = Kind(len(questions.questions), questions.draw, questions.exam())
     return kinds
 
@@ -153,16 +153,16 @@ def summarise(trainer: refrag.Trainer, log: runs.RunLog) -> dict[str, Any]:
             "peak_rss_mb": round(refrag.peak_rss_mb(), 1)}
 
 
-def start(name: str, given: dict[type, Any], accelerator: Any, facts: dict[str, Any],
+def start(name: str, options: dict[type, Any], accelerator: Any, facts: dict[str, Any],
           checkpoint: Path | None) -> refrag.Trainer:
-    """The trainer of a phase at its start, or at a checkpoint. given: options by class; facts: of run.json."""
-    models, runtime, train, phase = given[ModelConfig], given[RuntimeConfig], given[TrainConfig], PHASES[name]
+    """The trainer of a phase at its start, or at a checkpoint. options: by their class; facts: of run.json."""
+    models, runtime, train, phase = options[ModelConfig], options[RuntimeConfig], options[TrainConfig], PHASES[name]
     weights = phase.weights | {"kl": phase.weights.get("kl", train.distill)}
-    shares = given[MixConfig].shares if not phase.kind else ({phase.kind: 1.0}, {phase.kind: 1.0})
+    shares = options[MixConfig].shares if not phase.kind else ({phase.kind: 1.0}, {phase.kind: 1.0})
     source = dataclasses.replace(models, load_dir=str(checkpoint)) if checkpoint else models
     model = refrag.load_model(source, runtime, train.train, train.lora_r).to(accelerator.device)
     model.config.compression = max(*train.k, model.config.compression if model.config.history else 0)
-    kinds = lesson_kinds(list(refrag.blended(*shares, 0.5)), given, model)
+    kinds = lesson_kinds(list(refrag.blended(*shares, 0.5)), options, model)
     apart = (weights["kl"] or weights.get("argmax")) and "d" in train.train  # else the decoder is the teacher
     teacher = refrag.load_model(models, runtime).decoder.requires_grad_(False) if apart else None
     refrag.mark_trained(model, train.train, train.lora_r)
@@ -178,11 +178,11 @@ def start(name: str, given: dict[type, Any], accelerator: Any, facts: dict[str, 
 
 def run(name: str, *configs: refrag.Options) -> None:
     """Run or continue a training phase and print its summary. configs: of its command."""
-    given = {cls: cls() for cls in (ReconConfig, NextConfig, AnswersConfig, SearchConfig)} | {
+    options = {cls: cls() for cls in (ReconConfig, NextConfig, AnswersConfig, SearchConfig)} | {
         type(config): config for config in configs}
-    runtime, most, least = given[RuntimeConfig], given[SearchConfig].topk, given[AnswersConfig].topk_min
+    runtime, most, least = options[RuntimeConfig], options[SearchConfig].topk, options[AnswersConfig].topk_min
     require((least or 1) <= most, f"--topk_min {least} is more than --topk {most}")
-    train, accelerator = with_defaults(name, given[TrainConfig]), runs.make_accelerator(runtime)
+    train, accelerator = with_defaults(name, options[TrainConfig]), runs.make_accelerator(runtime)
     require(not train.seconds or accelerator.num_processes == 1, "--seconds is for one process: the clocks of several "
             "differ: use --steps")
     folder, settings = Path(train.out_dir), runs.run_settings(configs, phase=name)
@@ -190,7 +190,7 @@ def run(name: str, *configs: refrag.Options) -> None:
         facts = {"settings": settings, "data": data_facts(settings), "versions": runs.library_versions(),
                  "device": str(accelerator.device), "processes": accelerator.num_processes, "command": sys.argv}
         checkpoint = open_run(folder, facts, train.resume)
-        trainer = start(name, given | {TrainConfig: train}, accelerator, facts, checkpoint)
+        trainer = start(name, options | {TrainConfig: train}, accelerator, facts, checkpoint)
         accelerator.wait_for_everyone()  # or a slower process would find the run that the first one has begun
         if not checkpoint and accelerator.is_main_process:
             refrag.write_atomic(folder / "run.json", json.dumps(facts, indent=1) + "\n")

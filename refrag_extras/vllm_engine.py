@@ -28,12 +28,13 @@ from transformers import AutoModel
 
 import refrag
 
-TIMEOUT = 600  # seconds without a byte of a reply
+TIMEOUT = 600  # seconds without a byte of an answer: its server may have many others to write
+MODELS_TIMEOUT = 30  # of the list of models, which is asked for first: at a wrong address nobody may answer at all
 PROBE = ("Answer from the documents. Where do smiths cast bells?\n<doc id=\"1\">Copper and tin make bronze, which "
          "melts at 950 degrees. Smiths in the valley cast bells from it.</doc>\nAnswer: In the valley [1]. In 1896 the "
          "first modern games opened in Athens before 60,000 people, and 14 nations sent athletes.")
 POSITIONS, TOP = 12, 5  # where in PROBE the next token's log probabilities are compared, and of how many tokens
-LOGPROBS = 20  # log probabilities, the most that vLLM gives unless it was started with more
+LOGPROBS = 20  # that are asked for at each, the most that vLLM gives unless it was started with more
 TOLERANCE = 0.2  # nats, on the mean: see docs/RESULTS.md for what other precisions and other decoders differ by
 
 
@@ -152,7 +153,7 @@ class Server:
         data = json.dumps({"model": self.model, **body}).encode() if body else None
         request = urllib.request.Request(self.url + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
+            with urllib.request.urlopen(request, timeout=TIMEOUT if body else MODELS_TIMEOUT) as reply:
                 for line in reply:
                     text = line.removeprefix(b"data: ")
                     if text.startswith(b"{"):  # else a blank line, or the end of a stream
@@ -184,7 +185,7 @@ class Server:
         inputs = self.embed(self.reference["ids"])
         try:
             choices = self.next_token([inputs[:n] for n in self.reference["lengths"]], logprobs=LOGPROBS,
-                                   return_tokens_as_token_ids=True)
+                                      return_tokens_as_token_ids=True)
         except refrag.UserError as error:
             raise refrag.MismatchError(str(error)) if "hidden_size" in str(error) else error from None
         self.differs_by = difference([choice["logprobs"]["top_logprobs"][0] for choice in choices], self.reference)

@@ -72,6 +72,7 @@ FILES = [
       for flag in ("--train_json", "--eval_json") for content in (gzip.compress(LONG.encode() * 99)[:-9], b"no gzip")),
     *(("sft", "--rag_json", "q.jsonl", content, told) for content, told in QUESTIONS),
     ("sft", "--eval_json", "q.jsonl", asked(answers=None), "PATH: question 3 has no list of answers"),
+    ("train", "--eval_rag_json", "q.jsonl", asked(answers=None), "--eval_rag_json PATH: question 3 has no list"),
     ("sft", "--rag_json", "q.jsonl.gz", gzip.compress(b"{}" * 999)[:-9], "PATH: not a complete gzip file"),
     ("sft", "--rag_json", "q.jsonl", [q | {"positive_ids": ["unknown"]} for q in ASKED], "positive_ids"),
     *(("eval", "--qa", "q.jsonl", [ASKED[0], ASKED[1] | wrong], told) for wrong, told in (
