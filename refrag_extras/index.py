@@ -269,8 +269,8 @@ class FolderBuild(Build):
         try:
             with refrag.new_folder(self.path / f"gen-{number}") as folder:
                 passages = self.write_passages(folder, corpus)
-                self.embed(folder, self.missing(passages))
                 manifest = self.facts() | {"generation": f"gen-{number}", "faiss": self.kind(len(passages))}
+                self.embed(folder, self.missing(passages))
                 self.check_changed(folder, manifest)
                 chunks = self.write_chunks(folder, passages)
                 manifest |= {"counts": {"passages": len(passages), "chunks": chunks},

@@ -239,6 +239,13 @@ def test_faiss_kind(setting, total, kind):
         writing.FolderBuild.kind(build, 9_999)
 
 
+def test_too_few_passages_are_refused_before_anything_is_computed(tmp_path, write, refused, embedder, llama):
+    assert "needs 10,000 passages to train, got 4" in refused(
+        2, "index", "--corpus", write("rows.jsonl", SHORT), "--index_dir", tmp_path / "i", "--faiss", "ivfpq",
+        "--embed_model", embedder, "--dec", llama)
+    assert not list((tmp_path / "i").glob(".computed-*"))
+
+
 def test_a_graph_grows_in_a_copy(tmp_path, change):
     folder = tmp_path / "index"
     _, index = change(folder, FIELDS[:60], "dense", faiss="hnsw")
