@@ -242,7 +242,7 @@ def test_faiss_kind(setting, total, kind):
 def test_too_few_passages_are_refused_before_anything_is_computed(tmp_path, write, refused, embedder, llama):
     assert "needs 10,000 passages to train, got 4" in refused(
         2, "index", "--corpus", write("rows.jsonl", SHORT), "--index_dir", tmp_path / "i", "--faiss", "ivfpq",
-        "--embed_model", embedder, "--dec", llama)
+        "--embed_model", embedder, "--dec", llama, "--quiet")
     assert not list((tmp_path / "i").glob(".computed-*"))
 
 
