@@ -125,7 +125,8 @@ def test_an_index_is_never_emptied_by_mistake(tmp_path, write, build, done, refu
                 (["--delete", "p5", "--corpus", empty], "--delete takes no --corpus")):
             assert message in refused(2, *line, *flags)
     for flags, message in ((["--delete", "p5"], "no index in this folder"), (["--corpus", empty], "no passages in it"),
-                           (["--add", "--corpus", tmp_path / "rows.jsonl"], "no index in this folder")):
+                           (["--add", "--corpus", tmp_path / "rows.jsonl"], "no index in this folder"),
+                           (["--corpus", tmp_path / "rows.jsonl", "--faiss", "ivfpq"], "needs 10,000 passages to")):
         assert message in refused(2, "index", "--index_dir", tmp_path / "new", "--dec", llama, *WORDS, *flags)
         assert not (tmp_path / "new").exists()
     assert done(*line, "--delete", "p5", "p0")["deleted_documents"] == 2
@@ -237,13 +238,6 @@ def test_faiss_kind(setting, total, kind):
     build.options, build.settings = refrag.BuildConfig(faiss="ivfpq"), {"faiss": "ivfpq"}
     with pytest.raises(refrag.UserError, match="10,000"):
         writing.FolderBuild.kind(build, 9_999)
-
-
-def test_too_few_passages_are_refused_before_anything_is_computed(tmp_path, write, refused, embedder, llama):
-    assert "needs 10,000 passages to train, got 4" in refused(
-        2, "index", "--corpus", write("rows.jsonl", SHORT), "--index_dir", tmp_path / "i", "--faiss", "ivfpq",
-        "--embed_model", embedder, "--dec", llama, "--quiet")
-    assert not list((tmp_path / "i").glob(".computed-*"))
 
 
 def test_a_graph_grows_in_a_copy(tmp_path, change):
