@@ -4509,11 +4509,12 @@ def forward_step(decoder: nn.Module, cache: Any, mask: Tensor | None, position_i
 
 
 @torch.inference_mode()
-def prefill(decoder: nn.Module, inputs: Sequence[Tensor],
-            start: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
+def prefill(decoder: nn.Module, inputs: Sequence[Tensor], start: DecoderState | None = None,
+            stepper: Any = None) -> tuple[Tensor, DecoderState]:
     """Read prompts, padded on the left. Returns the next token's logits (B, V) and the state.
 
     inputs: (T_i, D) each. start: the state of one sequence with which all of them begin; they are what follows it.
+    stepper: reads a single prompt after a start in the decoder's place, if it can.
     """
     B, device, known, cache = len(inputs), inputs[0].device, 0, None
     lengths = torch.tensor([len(x) for x in inputs], device=device)
@@ -4526,6 +4527,8 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor],
         if mask is not None:
             cache.batch_repeat_interleave(B)
             mask = nn.functional.pad(mask, (known, 0), value=1)
+        elif getattr(stepper, "reads", False):
+            return stepper.read(inputs[0], cache), DecoderState(cache, None, lengths + known)
     by_products = B == 1 and device.type == "cpu" and can_pack(decoder)  # the faster attention there
     row = row_arguments([T], device) if by_products else {}
     row.pop("position_ids", None)
@@ -4534,11 +4537,11 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor],
 
 
 @torch.inference_mode()
-def prefill_each(decoder: nn.Module, inputs: Sequence[Tensor],
-                 start: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
+def prefill_each(decoder: nn.Module, inputs: Sequence[Tensor], start: DecoderState | None = None,
+                 stepper: Any = None) -> tuple[Tensor, DecoderState]:
     """The same as `prefill`, but one prompt is read after the other, so that none depends on its neighbours' lengths: a
     CPU's products round by their shape, and padding costs it time. Then keys and values are padded."""
-    logits, states = zip(*(prefill(decoder, [prompt], start) for prompt in inputs), strict=True)
+    logits, states = zip(*(prefill(decoder, [prompt], start, stepper) for prompt in inputs), strict=True)
     if len(inputs) == 1:
         return logits[0], states[0]
     lengths = torch.cat([state.position for state in states])
@@ -4998,7 +5001,7 @@ class Pipeline:
         """Read prompts after what they share: together, on a CPU one after the other."""
         known, start = self.start(readings)
         read = prefill_each if self.device.type == "cpu" else prefill
-        return read(self.model.decoder, [reading.inputs[known:] for reading in readings], start)
+        return read(self.model.decoder, [reading.inputs[known:] for reading in readings], start, self.stepper)
 
     def answer(self, question: str, on_text: Writer = None, **changes: Any) -> dict[str, Any]:
         """The result of one question. changes: see `settings_for`."""

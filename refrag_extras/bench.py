@@ -403,7 +403,7 @@ def bench_text(result: dict[str, Any]) -> str:
 class Products(TorchDispatchMode):
     """Counts the matrix products of what runs within it, backward too, by their factors' shape, strides, precision."""
 
-    KINDS = tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm"))
+    KINDS = tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "_int_mm"))
 
     def __init__(self):
         super().__init__()
@@ -419,7 +419,8 @@ class Products(TorchDispatchMode):
         total = 0.0
         for factors, count in self.seen.items():
             made = [memory(shape, stride, dtype, device) for shape, stride, dtype in factors]
-            times = [timed(device, lambda made=made: torch.matmul(*made)) for _ in range(repeats + 1)]
+            multiply = torch._int_mm if made[0].dtype == torch.int8 else torch.matmul
+            times = [timed(device, lambda multiply=multiply, made=made: multiply(*made)) for _ in range(repeats + 1)]
             total += count * min(times)
         return total
 

@@ -1,6 +1,5 @@
-"""Decoding in 8 and 4 bits on a CPU: steps of one token for decoders built like Llama.
-
-The prompt is read by the decoder itself; `Stepper` takes over its cache. See `decode` in refrag.py.
+"""Decoding in 8 and 4 bits on a CPU, for decoders built like Llama: steps of one token and, where the processor
+multiplies integers of 8 bits, the reading of prompts. See `prefill` and `decode` in refrag.py.
 """
 
 from __future__ import annotations
@@ -12,22 +11,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from refrag import DecoderState, require
+from refrag import DecoderState, causal_attention, require
 
 
 class Int8Matrix:
-    """A matrix in 8 bits with a scale per row, for few vectors at a time: what a step costs is reading the weights.
+    """A matrix in 8 bits with a scale per row. For few vectors what it costs is reading the weights; many are rounded
+    to 8 bits as well.
 
-    weight: (out, in); bias: (out,); columns: (in,), which the input is multiplied with first. Maps (n, in) to (n, out)
-    in bfloat16, which is what the kernel is made for.
+    weight: (out, in); bias: (out,); columns: (in,), which the input is multiplied with first; largest: (in,), the
+    magnitudes to expect of the input after that. They tell what to move from the input's columns to the weight's, so
+    that neither has any that stand out (SmoothQuant, arXiv 2211.10438). Maps (n, in) to (n, out).
     """
 
     kind = "int8"
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None):
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None,
+                 largest: Tensor | None = None):
+        moved, self.columns = columns, None
+        if largest is not None:
+            moved = (largest.clamp_min(1e-5) / weight.abs().amax(0).float().clamp_min(1e-5)).sqrt()
+            self.columns = (1 if columns is None else columns.float()) / moved
         values, scales = [], []
         for part in weight.split(4096):  # by parts, so that no large memory is asked for and touched at first
-            part = part.float() if columns is None else part.float() * columns
+            part = part.float() if moved is None else part.float() * moved
             scales.append(part.abs().amax(1).clamp_min(1e-12) / 127)
             values.append((part / scales[-1][:, None]).round().to(torch.int8))
         self.values, self.scale, self.bias = torch.cat(values), torch.cat(scales).bfloat16(), bias
@@ -38,7 +44,16 @@ class Int8Matrix:
         return columns % 16 == 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        product = torch._weight_int8pack_mm(x.bfloat16(), self.values, self.scale)
+        x = x if self.columns is None else x * self.columns
+        product = torch._weight_int8pack_mm(x.bfloat16(), self.values, self.scale)  # made for bfloat16
+        return product if self.bias is None else product + self.bias
+
+    def many(self, x: Tensor) -> Tensor:
+        """The same for many vectors, in float32."""
+        x = x * self.columns
+        scale = x.abs().amax(1, keepdim=True).clamp_min_(1e-12) / 127
+        product = torch._int_mm((x / scale).round_().to(torch.int8), self.values.T).float()
+        product.mul_(scale).mul_(self.scale.float())
         return product if self.bias is None else product + self.bias
 
 
@@ -48,7 +63,8 @@ class Int4Matrix:
     kind = "int4"
     group = 32
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None):
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None,
+                 largest: Tensor | None = None):
         levels, scale, least = self.levels(weight)
         self.error = float((levels - levels.round()).abs().max())  # of a level, at most 1/2
         self.values = torch._convert_weight_to_int4pack_for_cpu(levels.round().int(), 1)
@@ -76,15 +92,37 @@ class Int4Matrix:
 HELD = 1 / 16  # of a level; what weights in 16 levels are off at most when they were rounded to bfloat16 meanwhile
 
 
-def smallest_matrix(weight: Tensor, bias: Tensor | None = None,
-                    columns: Tensor | None = None) -> Int4Matrix | Int8Matrix:
+def smallest_matrix(weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None,
+                    largest: Tensor | None = None) -> Int4Matrix | Int8Matrix:
     """A matrix in 4 bits where these hold it as it is and the kernel is a fast one, else in 8."""
     fast = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     if fast and Int4Matrix.takes(*weight.shape) and Int4Matrix(weight[:16]).error < HELD:  # most are told by few rows
         small = Int4Matrix(weight, bias, columns)
         if small.error < HELD:
             return small
-    return Int8Matrix(weight, bias, columns)
+    return Int8Matrix(weight, bias, columns, largest)
+
+
+def multiplies_integers() -> bool:
+    """Whether the CPU has instructions for products of 8-bit integers, twice as fast as bfloat16's or more."""
+    flags = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 or later
+    return any(flags.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+
+
+def largest_inputs(body: nn.Module) -> dict[nn.Module, Tensor]:
+    """For each linear map of a decoder the largest magnitudes of its input (in,), over tokens from all the vocabulary:
+    they tell which columns stand out as well as a text does."""
+    found: dict[nn.Module, Tensor] = {}
+
+    def look(module: nn.Module, given: tuple[Tensor]) -> None:
+        found[module] = given[0][0, 8:].abs().amax(0).float()  # the first positions' are like no others'
+
+    hooks = [part.register_forward_pre_hook(look) for part in body.modules() if isinstance(part, nn.Linear)]
+    vocabulary = body.config.vocab_size
+    body(torch.arange(0, vocabulary, max(1, vocabulary // 128))[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 STEP_ENGINES = {"auto": smallest_matrix, "int8": Int8Matrix, "int4": Int4Matrix}
@@ -98,6 +136,7 @@ class LayerMatrices(NamedTuple):
     narrow: Int4Matrix | Int8Matrix
 
 
+ROWS = 128  # positions of a prompt that go through a layer together, and stay in the processor's cache
 LONG = 2048  # positions of a prompt from which its keys and values are kept in 8 bits; below it gains no time
 
 
@@ -157,9 +196,11 @@ class Stepper:
         self.embed, self.rotary = decoder.get_input_embeddings(), body.rotary_emb
         self.head_width, width = body.layers[0].self_attn.head_dim, self.embed.embedding_dim
         self.root, self.least = width**0.5, torch.tensor((width * config.rms_norm_eps) ** 0.5)
-        self.layers = [self.layer(block, STEP_ENGINES[engine]) for block in body.layers]
+        largest = largest_inputs(body) if multiplies_integers() else {}
+        self.layers = [self.layer(block, STEP_ENGINES[engine], largest) for block in body.layers]
         self.head = Int8Matrix(decoder.get_output_embeddings().weight, columns=body.norm.weight * self.root)
         self.engine = "+".join(sorted({matrix.kind for layer in self.layers for matrix in layer}))
+        self.reads = bool(largest) and self.engine == "int8"  # prompts, too
 
     @staticmethod
     def fits(decoder: nn.Module, engine: str = "auto") -> bool:
@@ -174,7 +215,8 @@ class Stepper:
         return (plain and decoder.device.type == "cpu" and config.hidden_act == "silu"
                 and getattr(config, "sliding_window", None) is None)
 
-    def layer(self, block: nn.Module, matrix: Callable[..., Int4Matrix | Int8Matrix]) -> LayerMatrices:
+    def layer(self, block: nn.Module, matrix: Callable[..., Int4Matrix | Int8Matrix],
+              largest: dict[nn.Module, Tensor]) -> LayerMatrices:
         attention, mlp = block.self_attn, block.mlp
         before, between = (norm.weight * self.root for norm in (block.input_layernorm, block.post_attention_layernorm))
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
@@ -185,9 +227,35 @@ class Stepper:
 
         biases = None if query.bias is None else joined(query.bias, key.bias, value.bias).float()
         return LayerMatrices(
-            matrix(joined(query.weight.T, key.weight.T, value.weight.T).T, biases, before),
-            matrix(attention.o_proj.weight),
-            matrix(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), None, between), matrix(mlp.down_proj.weight))
+            matrix(joined(query.weight.T, key.weight.T, value.weight.T).T, biases, before, largest.get(query)),
+            matrix(attention.o_proj.weight, largest=largest.get(attention.o_proj)),
+            matrix(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), None, between, largest.get(mlp.gate_proj)),
+            matrix(mlp.down_proj.weight, largest=largest.get(mlp.down_proj)))
+
+    def turn(self, positions: Tensor) -> Tensor:
+        """Rotary position embedding as complex numbers. positions: (B, T). Returns (B, T, D / 2)."""
+        cos, sin = (part[..., : self.head_width // 2].float() for part in self.rotary(self.least, positions))
+        return torch.complex(cos, sin)
+
+    @torch.inference_mode()
+    def read(self, inputs: Tensor, cache: Any) -> Tensor:
+        """The next token's logits (1, V) after what follows a prompt's first positions, whose keys and values the
+        decoder's cache holds. It receives those of the inputs (T, W)."""
+        H, G, D, T, known = self.heads, self.kv_heads, self.head_width, len(inputs), cache.get_seq_length()
+        x, turn = inputs.float(), self.turn(torch.arange(known, known + T)[:, None])
+        for number, layer in enumerate(self.layers):
+            made = torch.cat([layer.attend.many(self.norm(rows)) for rows in x.split(ROWS)])
+            made = made.view(T, H + 2 * G, D // 2, 2)
+            turned = torch.view_as_real(torch.view_as_complex(made[:, : H + G]).mul_(turn))
+            apart = torch.cat([turned.transpose(2, 3).flatten(2), made[:, H + G :].flatten(2)], dim=1)  # no more paired
+            query, key, value = apart.to(cache.layers[number].keys.dtype).transpose(0, 1).split([H, G, G])
+            keys, values = cache.update(key[None], value[None], number)
+            mixed = causal_attention(query, keys[0], values[0], 1.0, None).transpose(0, 1).reshape(T, H * D)
+            for rows, heads in zip(x.split(ROWS), mixed.split(ROWS), strict=True):
+                rows += layer.leave.many(heads)
+                gate, up = layer.widen.many(self.norm(rows)).chunk(2, dim=-1)
+                rows += layer.narrow.many(nn.functional.silu(gate).mul_(up))
+        return self.head(self.norm(x[-1:])).float()
 
     def adopt(self, state: DecoderState, room: int) -> DecoderState:
         """The state of a prompt that the decoder has read, with room for so many tokens more."""
@@ -213,8 +281,7 @@ class Stepper:
             cache = cache._replace(layers=grown)
         T = cache.length + 1
         x = self.embed.weight[token].float()  # (B, W)
-        cos, sin = (part[..., : self.head_width // 2].float() for part in self.rotary(x, position[:, None]))
-        turn = torch.complex(cos, sin)  # (B, 1, D / 2)
+        turn = self.turn(position[:, None])
         hidden = None if mask is None else (mask == 0).repeat_interleave(self.kv_heads, 0)[:, None]  # (B * G, 1, T)
         for layer, held in zip(self.layers, cache.layers, strict=True):
             x = x + self.attend(layer, x, held, T, turn, hidden)

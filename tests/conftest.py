@@ -26,7 +26,8 @@ from refrag_extras import index as writing
 
 torch.set_num_threads(1)
 COMPUTES_BFLOAT16 = refrag.cpu_computes_bfloat16
-refrag.cpu_computes_bfloat16 = bool  # auto is float32 on every machine, as in the processes of writers.py
+MULTIPLIES_INTEGERS = cpu_engine.multiplies_integers
+refrag.cpu_computes_bfloat16 = cpu_engine.multiplies_integers = bool  # the same on every machine, as in writers.py
 
 RUNTIME = refrag.RuntimeConfig(device="cpu", dtype="float32")
 CHAT_TEMPLATE = (

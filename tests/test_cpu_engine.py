@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import SMALL, save_decoder
+from conftest import MULTIPLIES_INTEGERS, SMALL, save_decoder
 
 import refrag
 from refrag_extras import cpu_engine
@@ -15,14 +15,16 @@ CPU = torch.device("cpu")
 
 
 class ExactMatrix:
-    kind = "exact"
+    kind = "int8"
 
-    def __init__(self, weight, bias=None, columns=None):
+    def __init__(self, weight, bias=None, columns=None, largest=None):
         self.weight = weight.float() if columns is None else weight.float() * columns
         self.bias = 0 if bias is None else bias
 
     def __call__(self, x):
         return x.float() @ self.weight.T + self.bias
+
+    many = __call__
 
 
 def step_both(decoder, stepper, lengths, steps, room, alive=None):
@@ -144,6 +146,70 @@ def test_a_long_prompt_in_8_bits_gives_nearly_the_decoders_steps(exact, monkeypa
     monkeypatch.setattr(cpu_engine, "LONG", 65)
     again, got = step_both(decoder, cpu_engine.Stepper(decoder), lengths, 6, room)
     torch.testing.assert_close(got, again, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 170])
+def test_vectors_in_8_bits_may_have_columns_that_stand_out(rows):
+    """What is told of them moves to the weights, for few vectors and for many."""
+    torch.manual_seed(rows)
+    weight, x, columns = torch.randn(48, 96), torch.randn(rows, 96), torch.rand(96) + 0.5
+    x[:, 5] *= 300
+    bias, largest = torch.randn(48), (x * columns).abs().amax(0)
+    weight[:, 5] *= 1e-2
+    expected = (x * columns) @ weight.T + bias
+
+    def lost(matrix, multiply):
+        return float((multiply(matrix, x).float() - expected).norm() / expected.norm())
+
+    told = cpu_engine.Int8Matrix(weight, bias, columns, largest)
+    untold = cpu_engine.Int8Matrix(weight, bias, columns, torch.ones(96))
+    assert lost(told, cpu_engine.Int8Matrix.many) < 0.02 < lost(untold, cpu_engine.Int8Matrix.many)
+    assert lost(told, cpu_engine.Int8Matrix.__call__) < 0.02
+
+
+@pytest.fixture
+def integers(monkeypatch):
+    """A machine that multiplies integers."""
+    monkeypatch.setattr(cpu_engine, "multiplies_integers", lambda: True)
+
+
+def read_both(decoder, stepper, known, lengths):
+    """(logits, state) of prompts of random vectors after a start, by the decoder itself and by its stepper."""
+    torch.manual_seed(1)
+    _, start = refrag.prefill(decoder, [torch.randn(known, 32)])
+    inputs = [torch.randn(length, 32) for length in lengths]
+    return [refrag.prefill_each(decoder, inputs, start, one) for one in (None, stepper)]
+
+
+@pytest.mark.parametrize("lengths", [(1,), (9,), (150, 4, 1)])
+def test_without_rounding_prompts_are_read_as_by_the_decoder(decoder, exact, integers, monkeypatch, lengths):
+    """Logits, keys and values, whatever part of the prompt goes through a layer at once."""
+    monkeypatch.setattr(cpu_engine, "ROWS", 4)
+    (expected, state), (got, states) = read_both(decoder, cpu_engine.Stepper(decoder), 7, lengths)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    assert states.position.tolist() == state.position.tolist()
+    shown = 1 if state.mask is None else state.mask[:, None, :, None]  # what pads a prompt does not matter
+    for ours, theirs in zip(states.cache.layers, state.cache.layers, strict=True):
+        for name in ("keys", "values"):
+            torch.testing.assert_close(getattr(ours, name) * shown, getattr(theirs, name) * shown, rtol=1e-3, atol=1e-4)
+
+
+def test_prompts_are_read_in_8_bits(decoder, integers, monkeypatch):
+    """After a start, which the decoder reads; not where the weights are kept in 4, nor without the instructions."""
+    stepper = cpu_engine.Stepper(decoder)
+    (expected, _), (got, _) = read_both(decoder, stepper, 7, (60,))
+    assert stepper.reads and 1e-5 < (got - expected).norm() / expected.norm() < 0.1
+    (whole, _), (alone, _) = (refrag.prefill(decoder, [torch.ones(5, 32)], None, one) for one in (None, stepper))
+    assert torch.equal(whole, alone)
+    assert not cpu_engine.Stepper(decoder, "int4").reads
+    monkeypatch.setattr(cpu_engine, "multiplies_integers", bool)
+    assert not cpu_engine.Stepper(decoder).reads
+
+
+@pytest.mark.parametrize("flag", ["avx512_vnni", "avx_vnni", "amx_int8", "avx2"])
+def test_the_processor_tells_whether_it_multiplies_integers(monkeypatch, flag):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, flag: True})
+    assert MULTIPLIES_INTEGERS() == (flag != "avx2")
 
 
 def in_levels(decoder, ending):
