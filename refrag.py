@@ -5144,6 +5144,8 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
         if embedder is None and generate.prompt is not None and gated:
             embedder = load_embedder(index.embed_model, runtime)
     pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime.seed, stepper.result())
+    if pipeline.device.type == "cpu":
+        importlib.import_module("refrag_extras.runs").keep_memory()
     with contextlib.suppress(TooLongError):  # a question, so that the first one pays for no lazy initialisation
         pipeline.answer("warm up" if needs_index else "warm up <doc id='1'>warm up</doc>", topk=1, max_new=2,
                         temperature=0.0, cite=False, show_prompt=False, stop_tokens=frozenset(), hops=1)

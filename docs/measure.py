@@ -3,6 +3,7 @@
     python docs/measure.py decode [--llama_cpp]
     python docs/measure.py answers --qa qa.dev.jsonl.gz --index_dir runs/dev --limit 300 [--load_dir CHECKPOINT]
     python docs/measure.py first_token --index_dir runs/long500 --contexts 4096 7900 [--llama_cpp]
+    python docs/measure.py versions --index_dir INDEX --against OTHER/refrag.py ITS_INDEX --qa qa.jsonl --limit 24
     python docs/measure.py start_up --index_dir runs/wiki [--against OTHER/refrag.py]
     python docs/measure.py anchors --texts data/cpt_train.jsonl
     python docs/measure.py embed --texts data/wiki_passages.jsonl --limit 256
@@ -255,6 +256,56 @@ def measure_first_token(args: argparse.Namespace) -> dict:
     return {"rows": rows, "left_out": benchmark.left_out}
 
 
+def answered(program: str, index_dir: str, questions: list[dict], folder: Path, options: list[str]) -> list[dict]:
+    """The metrics of a process that answers some questions, without those of the first one, which warms up."""
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(question) + "\n" for question in questions), encoding="utf-8")
+    command = [sys.executable, program, "generate", "--questions", str(path), "--index_dir", index_dir, *options,
+               "--max_new", "16", "--json", "--quiet"]
+    results = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)["results"]
+    return [result["metrics"] for result in results[1:]]
+
+
+def measure_versions(args: argparse.Namespace) -> dict:
+    """Different questions by this program and another one, processes by turns, and by llama.cpp, which reads the full
+    text. As many questions as --limit says, fewer of the full text the longer it is."""
+    programs = {"this": [refrag.__file__, args.index_dir], "against": args.against}
+    every = refrag.read_answered_questions(args.qa, "--qa", None)
+    every = [{"id": str(i), "question": item["question"]} for i, item in enumerate(every[:: len(every) // args.limit])]
+    rows, llama = [], LlamaReader(8192) if args.llama_cpp else None
+    for context, (mode, k, p) in itertools.product(args.contexts, (
+            ("full", 16, 1.0), ("refrag", 16, 0.0), ("refrag", 32, 0.0), ("refrag", 16, 0.1))):
+        shape = {"mode": mode, "k": k, "p": p, "floor": 0, "ctx_max": context}
+        shape["topk"] = context // args.passage_tokens + 1
+        options = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+        asked = every[: max(3, args.limit * 250 // context) if mode == "full" else args.limit]
+        metrics: dict[str, list[dict]] = collections.defaultdict(list)
+        with tempfile.TemporaryDirectory() as folder:
+            for some in (asked[::2], asked[1::2]):
+                for name, (program, index_dir) in programs.items():
+                    metrics[name] += answered(program, index_dir, [every[-1], *some], Path(folder), options)
+        middle = {name: {key: statistics.median(one[key] for one in found if one[key] is not None)
+                         for key in ("ttft_s", "ttit_s", "positions", "context_tokens", "peak_rss_mb")}
+                  for name, found in metrics.items()}
+        row = {"context_tokens": middle["this"]["context_tokens"], "mode": mode, "k": k, "p": p, "n": len(asked),
+               "positions": middle["this"]["positions"]}
+        row |= {f"{key}, {name}": middle[name][key] for key in ("ttft_s", "ttit_s", "peak_rss_mb") for name in programs}
+        row["times_as_fast"] = middle["against"]["ttft_s"] / middle["this"]["ttft_s"]
+        if mode == "full":
+            full = row
+            if llama is not None:
+                pipeline = refrag.open_pipeline(args.index_dir, **shape)
+                prompts = [pipeline.prepare(item).context.prompt.input_ids.tolist() for item in asked[:3]]
+                full["llama.cpp"] = statistics.median(llama.answer(prompt, 1)[0] for prompt in prompts)
+                del pipeline
+        row["full/this"] = full["ttft_s, this"] / row["ttft_s, this"]
+        if llama is not None:
+            row["llama.cpp/this"] = full["llama.cpp"] / row["ttft_s, this"]
+        rows.append({key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()})
+        print(json.dumps(rows[-1]), file=sys.stderr)
+    return {"rows": rows}
+
+
 # -- start-up ---------------------------------------------------------------------
 
 
@@ -267,7 +318,7 @@ def peak_of(child: subprocess.Popen) -> float:
 
 def measure_start_up(args: argparse.Namespace) -> dict:
     """Seconds from the command to its end, for one token; peak memory; another version of the program in turns."""
-    programs = {"this": refrag.__file__} | ({"against": args.against} if args.against else {})
+    programs = {"this": refrag.__file__} | ({"against": args.against[0]} if args.against else {})
     runs: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in programs}
     ask = ["generate", "--question", "Who coined the term cells?", "--index_dir", args.index_dir, "--max_new", "1",
            "--json", "--quiet"]
@@ -413,7 +464,8 @@ def measure_paired(args: argparse.Namespace) -> dict:
     """F1 in each cell of --against, beside the same cell of --run, or its only one, over the questions of both."""
     run, rows, shared = f1_by_cell(args.run), [], set()
     order = refrag.EVAL_MODES["qa"]
-    for cell, found in sorted(f1_by_cell(args.against).items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+    others = f1_by_cell(args.against and args.against[0])
+    for cell, found in sorted(others.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
         other = run[cell] if cell in run else next(iter(run.values())) if len(run) == 1 else {}
         if ids := sorted(found.keys() & other.keys()):
             shared.update(ids)
@@ -435,7 +487,9 @@ def main() -> None:
     parser.add_argument("--index_dir")
     parser.add_argument("--load_dir")
     parser.add_argument("--run", help="with paired: the folder of an `eval --task qa`")
-    parser.add_argument("--against", help="with start_up: another refrag.py; with paired: another folder")
+    parser.add_argument("--against", nargs="+", help="with start_up: another refrag.py; with versions: that and its "
+                        "index; with paired: another folder")
+    parser.add_argument("--passage_tokens", type=int, default=480, help="with versions: of most passages")
     parser.add_argument("--qa")
     parser.add_argument("--texts")
     parser.add_argument("--limit", type=int)

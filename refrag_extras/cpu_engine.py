@@ -4,6 +4,7 @@ multiplies integers of 8 bits, the reading of prompts. See `prefill` and `decode
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,11 +50,12 @@ class Int8Matrix:
         return product if self.bias is None else product + self.bias
 
     def many(self, x: Tensor) -> Tensor:
-        """The same for many vectors, in float32."""
-        x = x * self.columns
-        scale = x.abs().amax(1, keepdim=True).clamp_min_(1e-12) / 127
-        product = torch._int_mm((x / scale).round_().to(torch.int8), self.values.T).float()
-        product.mul_(scale).mul_(self.scale.float())
+        """The same for many vectors, in float32. About 512 numbers share a scale, since few are far larger."""
+        parts, products = max(1, x.shape[1] // 512), []
+        for part, values in zip((x * self.columns).chunk(parts, 1), self.values.chunk(parts, 1), strict=True):
+            scale = part.abs().amax(1, keepdim=True).clamp_min_(1e-12) / 127
+            products.append(torch._int_mm((part / scale).round_().to(torch.int8), values.T).float().mul_(scale))
+        product = functools.reduce(Tensor.add_, products).mul_(self.scale.float())
         return product if self.bias is None else product + self.bias
 
 
@@ -136,7 +138,7 @@ class LayerMatrices(NamedTuple):
     narrow: Int4Matrix | Int8Matrix
 
 
-ROWS = 128  # positions of a prompt that go through a layer together, and stay in the processor's cache
+ROWS = 1024  # positions of a prompt that go through a layer together: more take memory, fewer time
 LONG = 2048  # positions of a prompt from which its keys and values are kept in 8 bits; below it gains no time
 
 

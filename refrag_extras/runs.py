@@ -65,7 +65,7 @@ def glibc(function: str, *args: int) -> None:
 
 
 def keep_memory() -> None:
-    """Let glibc keep what a training step frees, since the next wants the same sizes: 1.16 times as fast."""
+    """Let glibc keep what a training step or an answer frees, since the next one wants the same sizes."""
     glibc("mallopt", -4, 0)  # M_MMAP_MAX: else every large tensor is mapped again, and each page of it is a fault
     glibc("mallopt", -1, -1)  # M_TRIM_THRESHOLD: never
 
