@@ -909,14 +909,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The precision for `--dtype`. auto: bfloat16 where the hardware multiplies in it, else float32."""
     if name != "auto":
         return getattr(torch, name)
-    able = {"cuda": torch.cuda.is_bf16_supported, "cpu": cpu_computes_bfloat16}.get(device.type, bool)
-    return torch.bfloat16 if able() else torch.float32
+    able = {"cuda": torch.cuda.is_bf16_supported, "cpu": lambda: cpu_has("avx512_bf16", "amx_bf16")}
+    return torch.bfloat16 if able.get(device.type, bool)() else torch.float32
 
 
-def cpu_computes_bfloat16() -> bool:
-    """Whether the CPU has instructions for it, with which a prompt is read in half the time; without, in far more."""
-    flags = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 or later
-    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+def cpu_has(*instructions: str) -> bool:
+    """Whether the CPU has some of these instructions, by torch's names (2.9 or later)."""
+    flags = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(flags.get(name) for name in instructions)
 
 
 def synchronize(device: torch.device) -> None:
@@ -4509,12 +4509,11 @@ def forward_step(decoder: nn.Module, cache: Any, mask: Tensor | None, position_i
 
 
 @torch.inference_mode()
-def prefill(decoder: nn.Module, inputs: Sequence[Tensor], start: DecoderState | None = None,
-            stepper: Any = None) -> tuple[Tensor, DecoderState]:
+def prefill(decoder: nn.Module, inputs: Sequence[Tensor],
+            start: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
     """Read prompts, padded on the left. Returns the next token's logits (B, V) and the state.
 
     inputs: (T_i, D) each. start: the state of one sequence with which all of them begin; they are what follows it.
-    stepper: reads a single prompt after a start in the decoder's place, if it can.
     """
     B, device, known, cache = len(inputs), inputs[0].device, 0, None
     lengths = torch.tensor([len(x) for x in inputs], device=device)
@@ -4527,8 +4526,6 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor], start: DecoderState | 
         if mask is not None:
             cache.batch_repeat_interleave(B)
             mask = nn.functional.pad(mask, (known, 0), value=1)
-        elif getattr(stepper, "reads", False):
-            return stepper.read(inputs[0], cache), DecoderState(cache, None, lengths + known)
     by_products = B == 1 and device.type == "cpu" and can_pack(decoder)  # the faster attention there
     row = row_arguments([T], device) if by_products else {}
     row.pop("position_ids", None)
@@ -4540,8 +4537,12 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor], start: DecoderState | 
 def prefill_each(decoder: nn.Module, inputs: Sequence[Tensor], start: DecoderState | None = None,
                  stepper: Any = None) -> tuple[Tensor, DecoderState]:
     """The same as `prefill`, but one prompt is read after the other, so that none depends on its neighbours' lengths: a
-    CPU's products round by their shape, and padding costs it time. Then keys and values are padded."""
-    logits, states = zip(*(prefill(decoder, [prompt], start, stepper) for prompt in inputs), strict=True)
+    CPU's products round by their shape, and padding costs it time. Then keys and values are padded.
+
+    stepper: reads what follows a start in the decoder's place, if it can.
+    """
+    read = stepper.read if start and getattr(stepper, "reads", False) else functools.partial(prefill, decoder)
+    logits, states = zip(*(read([prompt], start) for prompt in inputs), strict=True)
     if len(inputs) == 1:
         return logits[0], states[0]
     lengths = torch.cat([state.position for state in states])
@@ -5000,8 +5001,10 @@ class Pipeline:
     def prefill(self, readings: Sequence[Reading]) -> tuple[Tensor, DecoderState]:
         """Read prompts after what they share: together, on a CPU one after the other."""
         known, start = self.start(readings)
-        read = prefill_each if self.device.type == "cpu" else prefill
-        return read(self.model.decoder, [reading.inputs[known:] for reading in readings], start, self.stepper)
+        inputs = [reading.inputs[known:] for reading in readings]
+        if self.device.type == "cpu":
+            return prefill_each(self.model.decoder, inputs, start, self.stepper)
+        return prefill(self.model.decoder, inputs, start)
 
     def answer(self, question: str, on_text: Writer = None, **changes: Any) -> dict[str, Any]:
         """The result of one question. changes: see `settings_for`."""

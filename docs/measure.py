@@ -267,12 +267,12 @@ def answered(program: str, index_dir: str, questions: list[dict], folder: Path, 
 
 
 def measure_versions(args: argparse.Namespace) -> dict:
-    """Different questions by this program and another one, processes by turns, and by llama.cpp, which reads the full
-    text. As many questions as --limit says, fewer of the full text the longer it is."""
+    """Different questions by this program and another one, processes by turns; then the full text by llama.cpp. As many
+    questions as --limit says, fewer of the full text the longer it is."""
     programs = {"this": [refrag.__file__, args.index_dir], "against": args.against}
     every = refrag.read_answered_questions(args.qa, "--qa", None)
     every = [{"id": str(i), "question": item["question"]} for i, item in enumerate(every[:: len(every) // args.limit])]
-    rows, llama = [], LlamaReader(8192) if args.llama_cpp else None
+    rows, full, long = [], {}, {}
     for context, (mode, k, p) in itertools.product(args.contexts, (
             ("full", 16, 1.0), ("refrag", 16, 0.0), ("refrag", 32, 0.0), ("refrag", 16, 0.1))):
         shape = {"mode": mode, "k": k, "p": p, "floor": 0, "ctx_max": context}
@@ -290,20 +290,22 @@ def measure_versions(args: argparse.Namespace) -> dict:
         row = {"context_tokens": middle["this"]["context_tokens"], "mode": mode, "k": k, "p": p, "n": len(asked),
                "positions": middle["this"]["positions"]}
         row |= {f"{key}, {name}": middle[name][key] for key in ("ttft_s", "ttit_s", "peak_rss_mb") for name in programs}
-        row["times_as_fast"] = middle["against"]["ttft_s"] / middle["this"]["ttft_s"]
         if mode == "full":
-            full = row
-            if llama is not None:
-                pipeline = refrag.open_pipeline(args.index_dir, **shape)
-                prompts = [pipeline.prepare(item).context.prompt.input_ids.tolist() for item in asked[:3]]
-                full["llama.cpp"] = statistics.median(llama.answer(prompt, 1)[0] for prompt in prompts)
-                del pipeline
-        row["full/this"] = full["ttft_s, this"] / row["ttft_s, this"]
-        if llama is not None:
-            row["llama.cpp/this"] = full["llama.cpp"] / row["ttft_s, this"]
-        rows.append({key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()})
-        print(json.dumps(rows[-1]), file=sys.stderr)
-    return {"rows": rows}
+            full[context], long[context] = row["ttft_s, this"], (shape, asked[:2])
+        row |= {"times_as_fast": middle["against"]["ttft_s"] / middle["this"]["ttft_s"],
+                "full/this": full[context] / row["ttft_s, this"]}
+        rows.append((context, row))
+        print(json.dumps(row), file=sys.stderr)
+    if args.llama_cpp:  # last: a process that it starts would be said to have had its memory
+        for context, (shape, asked) in long.items():
+            pipeline = refrag.open_pipeline(args.index_dir, **shape)
+            llama, readings = LlamaReader(pipeline.model.window), [pipeline.prepare(item) for item in asked]
+            prompts = (reading.context.prompt.input_ids.tolist() for reading in readings)
+            seconds = statistics.median(llama.answer(prompt, 1)[0] for prompt in prompts)
+            for _, row in (one for one in rows if one[0] == context):
+                row |= {"llama.cpp reads all, s": seconds, "llama.cpp/this": seconds / row["ttft_s, this"]}
+    return {"rows": [{key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
+                     for _, row in rows]}
 
 
 # -- start-up ---------------------------------------------------------------------
@@ -489,7 +491,7 @@ def main() -> None:
     parser.add_argument("--run", help="with paired: the folder of an `eval --task qa`")
     parser.add_argument("--against", nargs="+", help="with start_up: another refrag.py; with versions: that and its "
                         "index; with paired: another folder")
-    parser.add_argument("--passage_tokens", type=int, default=480, help="with versions: of most passages")
+    parser.add_argument("--passage_tokens", type=int, default=480, help="with versions: of a passage, or fewer")
     parser.add_argument("--qa")
     parser.add_argument("--texts")
     parser.add_argument("--limit", type=int)

@@ -4,14 +4,16 @@ multiplies integers of 8 bits, the reading of prompts. See `prefill` and `decode
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import refrag
 from refrag import DecoderState, causal_attention, require
 
 
@@ -105,12 +107,6 @@ def smallest_matrix(weight: Tensor, bias: Tensor | None = None, columns: Tensor 
     return Int8Matrix(weight, bias, columns, largest)
 
 
-def multiplies_integers() -> bool:
-    """Whether the CPU has instructions for products of 8-bit integers, twice as fast as bfloat16's or more."""
-    flags = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 or later
-    return any(flags.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
-
-
 def largest_inputs(body: nn.Module) -> dict[nn.Module, Tensor]:
     """For each linear map of a decoder the largest magnitudes of its input (in,), over tokens from all the vocabulary:
     they tell which columns stand out as well as a text does."""
@@ -198,7 +194,8 @@ class Stepper:
         self.embed, self.rotary = decoder.get_input_embeddings(), body.rotary_emb
         self.head_width, width = body.layers[0].self_attn.head_dim, self.embed.embedding_dim
         self.root, self.least = width**0.5, torch.tensor((width * config.rms_norm_eps) ** 0.5)
-        largest = largest_inputs(body) if multiplies_integers() else {}
+        products = refrag.cpu_has("avx512_vnni", "avx_vnni", "amx_int8")  # of 8-bit integers, twice as fast or more
+        largest = largest_inputs(body) if products else {}
         self.layers = [self.layer(block, STEP_ENGINES[engine], largest) for block in body.layers]
         self.head = Int8Matrix(decoder.get_output_embeddings().weight, columns=body.norm.weight * self.root)
         self.engine = "+".join(sorted({matrix.kind for layer in self.layers for matrix in layer}))
@@ -240,10 +237,10 @@ class Stepper:
         return torch.complex(cos, sin)
 
     @torch.inference_mode()
-    def read(self, inputs: Tensor, cache: Any) -> Tensor:
-        """The next token's logits (1, V) after what follows a prompt's first positions, whose keys and values the
-        decoder's cache holds. It receives those of the inputs (T, W)."""
-        H, G, D, T, known = self.heads, self.kv_heads, self.head_width, len(inputs), cache.get_seq_length()
+    def read(self, prompts: Sequence[Tensor], start: DecoderState) -> tuple[Tensor, DecoderState]:
+        """The same as `prefill` for one prompt (T, W) after a start."""
+        [inputs], cache, known = prompts, copy.deepcopy(start.cache), int(start.position)
+        H, G, D, T = self.heads, self.kv_heads, self.head_width, len(inputs)
         x, turn = inputs.float(), self.turn(torch.arange(known, known + T)[:, None])
         for number, layer in enumerate(self.layers):
             made = torch.cat([layer.attend.many(self.norm(rows)) for rows in x.split(ROWS)])
@@ -257,7 +254,7 @@ class Stepper:
                 rows += layer.leave.many(heads)
                 gate, up = layer.widen.many(self.norm(rows)).chunk(2, dim=-1)
                 rows += layer.narrow.many(nn.functional.silu(gate).mul_(up))
-        return self.head(self.norm(x[-1:])).float()
+        return self.head(self.norm(x[-1:])).float(), start._replace(cache=cache, position=start.position + T)
 
     def adopt(self, state: DecoderState, room: int) -> DecoderState:
         """The state of a prompt that the decoder has read, with room for so many tokens more."""

@@ -25,9 +25,8 @@ from refrag_extras import cpu_engine
 from refrag_extras import index as writing
 
 torch.set_num_threads(1)
-COMPUTES_BFLOAT16 = refrag.cpu_computes_bfloat16
-MULTIPLIES_INTEGERS = cpu_engine.multiplies_integers
-refrag.cpu_computes_bfloat16 = cpu_engine.multiplies_integers = bool  # the same on every machine, as in writers.py
+CPU_HAS = refrag.cpu_has
+refrag.cpu_has = lambda *_: False  # the same on every machine, as in the processes of writers.py
 
 RUNTIME = refrag.RuntimeConfig(device="cpu", dtype="float32")
 CHAT_TEMPLATE = (

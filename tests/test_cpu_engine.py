@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import MULTIPLIES_INTEGERS, SMALL, save_decoder
+from conftest import CPU_HAS, SMALL, save_decoder
 
 import refrag
 from refrag_extras import cpu_engine
@@ -170,7 +170,7 @@ def test_vectors_in_8_bits_may_have_columns_that_stand_out(rows):
 @pytest.fixture
 def integers(monkeypatch):
     """A machine that multiplies integers."""
-    monkeypatch.setattr(cpu_engine, "multiplies_integers", lambda: True)
+    monkeypatch.setattr(refrag, "cpu_has", lambda *_: True)
 
 
 def read_both(decoder, stepper, known, lengths):
@@ -199,17 +199,13 @@ def test_prompts_are_read_in_8_bits(decoder, integers, monkeypatch):
     stepper = cpu_engine.Stepper(decoder)
     (expected, _), (got, _) = read_both(decoder, stepper, 7, (60,))
     assert stepper.reads and 1e-5 < (got - expected).norm() / expected.norm() < 0.1
-    (whole, _), (alone, _) = (refrag.prefill(decoder, [torch.ones(5, 32)], None, one) for one in (None, stepper))
+    (whole, _), (alone, _) = (refrag.prefill_each(decoder, [torch.ones(5, 32)], None, one) for one in (None, stepper))
     assert torch.equal(whole, alone)
     assert not cpu_engine.Stepper(decoder, "int4").reads
-    monkeypatch.setattr(cpu_engine, "multiplies_integers", bool)
-    assert not cpu_engine.Stepper(decoder).reads
-
-
-@pytest.mark.parametrize("flag", ["avx512_vnni", "avx_vnni", "amx_int8", "avx2"])
-def test_the_processor_tells_whether_it_multiplies_integers(monkeypatch, flag):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, flag: True})
-    assert MULTIPLIES_INTEGERS() == (flag != "avx2")
+    monkeypatch.setattr(refrag, "cpu_has", CPU_HAS)
+    for flag in ("avx512_vnni", "avx_vnni", "amx_int8", "avx2"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flag=flag: {flag: True}, raising=False)
+        assert cpu_engine.Stepper(decoder).reads == (flag != "avx2")
 
 
 def in_levels(decoder, ending):

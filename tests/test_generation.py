@@ -101,7 +101,7 @@ class TestExactness:
     @pytest.mark.parametrize(("engine", "reads"), [("model", False), ("int8", False), ("int8", True)])
     def test_in_bfloat16_a_batch_is_what_each_is_alone(self, llama, index_dir, engine, reads, monkeypatch):
         """Exactly, though a CPU's products in bfloat16 round by their shape."""
-        monkeypatch.setattr(cpu_engine, "multiplies_integers", lambda: reads)
+        monkeypatch.setattr(refrag, "cpu_has", lambda *_: reads)
         pipeline = refrag.open_pipeline(index_dir, dec=str(llama), enc="decoder:2", load_dir="none", dtype="bfloat16",
                                         engine=engine, compressed="feed", p=0.2, floor=0, max_new=24)
         items = [{"id": str(i), "question": f"What {text}"} for i, text in enumerate(TEXTS)]
@@ -518,12 +518,12 @@ def pipeline(tmp_path_factory):
 @pytest.mark.parametrize("p", [0.05, 1.0])
 def test_the_shipped_reader_reads_in_8_bits_what_it_reads_itself(pipeline, monkeypatch, p):
     """The next token's distribution and the first choice, and going on from it."""
-    monkeypatch.setattr(cpu_engine, "multiplies_integers", lambda: True)
+    monkeypatch.setattr(refrag, "cpu_has", lambda *_: True)
     stepper, decoder, divergences = cpu_engine.Stepper(pipeline.model.decoder), pipeline.model.decoder, []
     for _, question, _ in SHORT:
         reading = pipeline.prepare({"id": "1", "question": question}, pipeline.settings_for(p=p))
         known, start = pipeline.start([reading])
-        both = [refrag.prefill(decoder, [reading.inputs[known:]], start, one) for one in (None, stepper)]
+        both = [refrag.prefill_each(decoder, [reading.inputs[known:]], start, one) for one in (None, stepper)]
         token = both[0][0].argmax(-1)
         for exact, rounded in (both, [refrag.decode_one_token(decoder, token, state) for _, state in both]):
             exact, rounded = exact[0].log_softmax(-1), rounded[0].log_softmax(-1)

@@ -12,7 +12,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from conftest import COMPUTES_BFLOAT16, RUNTIME, TEXTS, build, passages_of, save_embedder
+from conftest import CPU_HAS, RUNTIME, TEXTS, build, passages_of, save_embedder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -494,7 +494,7 @@ def test_the_embedder_computes_in_bfloat16_where_the_device_does(embedder, monke
     exact = refrag.load_embedder(str(embedder), RUNTIME)
     for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able}, raising=False)
-        monkeypatch.setattr(refrag, "cpu_computes_bfloat16", COMPUTES_BFLOAT16)
+        monkeypatch.setattr(refrag, "cpu_has", CPU_HAS)
         one = refrag.load_embedder(str(embedder), refrag.RuntimeConfig(device="cpu"))
         assert next(one.model.parameters()).dtype == dtype and one.fingerprint == exact.fingerprint
         vectors, states, _ = one.embed_with_states(texts)

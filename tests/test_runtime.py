@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMPUTES_BFLOAT16
+from conftest import CPU_HAS
 from writers import tree
 
 import refrag
@@ -70,8 +70,7 @@ def test_devices_and_precision(monkeypatch):
         refrag.pick_device("cuda")
     for able in (True, False):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"amx_bf16": able}, raising=False)
-        assert COMPUTES_BFLOAT16() is able
-        monkeypatch.setattr(refrag, "cpu_computes_bfloat16", COMPUTES_BFLOAT16)
+        monkeypatch.setattr(refrag, "cpu_has", CPU_HAS)
         assert (refrag.pick_dtype("auto", CPU) is torch.bfloat16) is able
         assert refrag.pick_dtype("float32", CPU) is refrag.pick_dtype("auto", torch.device("mps")) is torch.float32
         assert refrag.pick_dtype("bfloat16", CPU) is torch.bfloat16
