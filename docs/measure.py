@@ -3,7 +3,7 @@
     python docs/measure.py decode [--llama_cpp]
     python docs/measure.py answers --qa qa.dev.jsonl.gz --index_dir runs/dev --limit 300 [--load_dir CHECKPOINT]
     python docs/measure.py first_token --index_dir runs/long500 --contexts 4096 7900 [--llama_cpp]
-    python docs/measure.py versions --index_dir INDEX --against OTHER/refrag.py ITS_INDEX --qa qa.jsonl --limit 24
+    python docs/measure.py versions --index_dir INDEX --against OTHER/refrag.py ITS_INDEX --qa qa.jsonl --limit 20
     python docs/measure.py start_up --index_dir runs/wiki [--against OTHER/refrag.py]
     python docs/measure.py anchors --texts data/cpt_train.jsonl
     python docs/measure.py embed --texts data/wiki_passages.jsonl --limit 256

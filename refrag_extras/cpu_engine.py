@@ -107,6 +107,14 @@ def smallest_matrix(weight: Tensor, bias: Tensor | None = None, columns: Tensor 
     return Int8Matrix(weight, bias, columns, largest)
 
 
+def multiplies_integers() -> bool:
+    """Whether the CPU has instructions for products of 8-bit integers, twice as fast as others or more, and they are
+    used (ONEDNN_MAX_CPU_ISA can forbid it): without them, sums that are too large for 16 bits are cut off."""
+    full = torch.full((32, 64), 127, dtype=torch.int8)
+    known = refrag.cpu_has("avx512_vnni", "avx_vnni", "amx_int8")
+    return known and int(torch._int_mm(full, full.T)[0, 0]) == 64 * 127**2
+
+
 def largest_inputs(body: nn.Module) -> dict[nn.Module, Tensor]:
     """For each linear map of a decoder the largest magnitudes of its input (in,), over tokens from all the vocabulary:
     they tell which columns stand out as well as a text does."""
@@ -194,8 +202,7 @@ class Stepper:
         self.embed, self.rotary = decoder.get_input_embeddings(), body.rotary_emb
         self.head_width, width = body.layers[0].self_attn.head_dim, self.embed.embedding_dim
         self.root, self.least = width**0.5, torch.tensor((width * config.rms_norm_eps) ** 0.5)
-        products = refrag.cpu_has("avx512_vnni", "avx_vnni", "amx_int8")  # of 8-bit integers, twice as fast or more
-        largest = largest_inputs(body) if products else {}
+        largest = largest_inputs(body) if multiplies_integers() else {}
         self.layers = [self.layer(block, STEP_ENGINES[engine], largest) for block in body.layers]
         self.head = Int8Matrix(decoder.get_output_embeddings().weight, columns=body.norm.weight * self.root)
         self.engine = "+".join(sorted({matrix.kind for layer in self.layers for matrix in layer}))

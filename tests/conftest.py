@@ -27,6 +27,7 @@ from refrag_extras import index as writing
 torch.set_num_threads(1)
 CPU_HAS = refrag.cpu_has
 refrag.cpu_has = lambda *_: False  # the same on every machine, as in the processes of writers.py
+INT_MM = torch._int_mm
 
 RUNTIME = refrag.RuntimeConfig(device="cpu", dtype="float32")
 CHAT_TEMPLATE = (
@@ -206,6 +207,13 @@ def other_embedder(tmp_path_factory, bert) -> Path:
 
 
 SHARED: dict[object, object] = {}  # see `shared`
+
+
+@pytest.fixture
+def integers(monkeypatch):
+    """A CPU that multiplies integers: by floats, which hold the sums exactly. Without VNNI the kernel is wrong."""
+    monkeypatch.setattr(cpu_engine, "multiplies_integers", lambda: True)
+    monkeypatch.setattr(torch, "_int_mm", lambda x, y: (x.float() @ y.float()).int())
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CPU_HAS, SMALL, save_decoder
+from conftest import CPU_HAS, INT_MM, SMALL, save_decoder
 
 import refrag
 from refrag_extras import cpu_engine
 
-CPU = torch.device("cpu")
+CPU, MULTIPLIES_INTEGERS = torch.device("cpu"), cpu_engine.multiplies_integers
 
 
 class ExactMatrix:
@@ -149,8 +149,14 @@ def test_a_long_prompt_in_8_bits_gives_nearly_the_decoders_steps(exact, monkeypa
 
 
 @pytest.mark.parametrize("rows", [1, 3, 170])
-def test_vectors_in_8_bits_may_have_columns_that_stand_out(rows):
-    """What is told of them moves to the weights, for few vectors and for many."""
+@pytest.mark.parametrize("by_floats", [True, False])
+def test_vectors_in_8_bits_may_have_columns_that_stand_out(rows, by_floats, integers, monkeypatch):
+    """What is told of them moves to the weights, for few vectors and for many. Products as in all tests, and by torch.
+    """
+    if not by_floats:
+        if not CPU_HAS("avx512_vnni", "avx_vnni", "amx_int8"):
+            pytest.skip("no instructions for products of integers")
+        monkeypatch.setattr(torch, "_int_mm", INT_MM)
     torch.manual_seed(rows)
     weight, x, columns = torch.randn(48, 96), torch.randn(rows, 96), torch.rand(96) + 0.5
     x[:, 5] *= 300
@@ -165,12 +171,6 @@ def test_vectors_in_8_bits_may_have_columns_that_stand_out(rows):
     untold = cpu_engine.Int8Matrix(weight, bias, columns, torch.ones(96))
     assert lost(told, cpu_engine.Int8Matrix.many) < 0.02 < lost(untold, cpu_engine.Int8Matrix.many)
     assert lost(told, cpu_engine.Int8Matrix.__call__) < 0.02
-
-
-@pytest.fixture
-def integers(monkeypatch):
-    """A machine that multiplies integers."""
-    monkeypatch.setattr(refrag, "cpu_has", lambda *_: True)
 
 
 def read_both(decoder, stepper, known, lengths):
@@ -203,9 +203,13 @@ def test_prompts_are_read_in_8_bits(decoder, integers, monkeypatch):
     assert torch.equal(whole, alone)
     assert not cpu_engine.Stepper(decoder, "int4").reads
     monkeypatch.setattr(refrag, "cpu_has", CPU_HAS)
+    monkeypatch.setattr(cpu_engine, "multiplies_integers", MULTIPLIES_INTEGERS)
     for flag in ("avx512_vnni", "avx_vnni", "amx_int8", "avx2"):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flag=flag: {flag: True}, raising=False)
         assert cpu_engine.Stepper(decoder).reads == (flag != "avx2")
+    monkeypatch.setattr(torch, "_int_mm", lambda x, y: (x.int() @ y.int()).clamp(max=2**15))  # the flags are not obeyed
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    assert not cpu_engine.Stepper(decoder).reads
 
 
 def in_levels(decoder, ending):

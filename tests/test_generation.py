@@ -99,9 +99,9 @@ class TestExactness:
             assert one["metrics"]["positions"] == other["metrics"]["positions"]
 
     @pytest.mark.parametrize(("engine", "reads"), [("model", False), ("int8", False), ("int8", True)])
-    def test_in_bfloat16_a_batch_is_what_each_is_alone(self, llama, index_dir, engine, reads, monkeypatch):
+    def test_in_bfloat16_a_batch_is_what_each_is_alone(self, llama, index_dir, engine, reads, integers, monkeypatch):
         """Exactly, though a CPU's products in bfloat16 round by their shape."""
-        monkeypatch.setattr(refrag, "cpu_has", lambda *_: reads)
+        monkeypatch.setattr(cpu_engine, "multiplies_integers", lambda: reads)
         pipeline = refrag.open_pipeline(index_dir, dec=str(llama), enc="decoder:2", load_dir="none", dtype="bfloat16",
                                         engine=engine, compressed="feed", p=0.2, floor=0, max_new=24)
         items = [{"id": str(i), "question": f"What {text}"} for i, text in enumerate(TEXTS)]
@@ -516,9 +516,8 @@ def pipeline(tmp_path_factory):
 
 
 @pytest.mark.parametrize("p", [0.05, 1.0])
-def test_the_shipped_reader_reads_in_8_bits_what_it_reads_itself(pipeline, monkeypatch, p):
-    """The next token's distribution and the first choice, and going on from it."""
-    monkeypatch.setattr(refrag, "cpu_has", lambda *_: True)
+def test_the_shipped_reader_reads_in_8_bits_what_it_reads_itself(pipeline, integers, p):
+    """By the distributions of the next token and the one after it."""
     stepper, decoder, divergences = cpu_engine.Stepper(pipeline.model.decoder), pipeline.model.decoder, []
     for _, question, _ in SHORT:
         reading = pipeline.prepare({"id": "1", "question": question}, pipeline.settings_for(p=p))
