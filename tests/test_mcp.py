@@ -50,7 +50,7 @@ def test_over_stdio_the_tools_give_what_the_commands_give(tiny, done, change, tm
     """Two calls at once get what they get alone; a changed index counts from the next call on."""
     folder = tmp_path / "followed"
     change(folder, [{"id": "bells", "text": "Smiths in the valley cast bells."}], k=4)
-    argv = [*tiny, "--index_dir", str(folder)]
+    argv = [*tiny, "--index_dir", str(folder), "--engine", "model"]  # in 8 bits answers depend on the processor
     others = ["Where do smiths cast bells?", "When does the Rhone flood?"]
     alone = [done("generate", *argv, "--question", question) for question in others]
     found = done("search", "--index_dir", folder, "--question", QUESTION, "--topk", 2)
