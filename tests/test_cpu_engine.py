@@ -158,7 +158,7 @@ def test_vectors_in_8_bits_may_have_columns_that_stand_out(rows, by_floats, inte
             pytest.skip("no instructions for products of integers")
         monkeypatch.setattr(torch, "_int_mm", INT_MM)
     torch.manual_seed(rows)
-    weight, x, columns = torch.randn(48, 96), torch.randn(rows, 96), torch.rand(96) + 0.5
+    weight, x, columns = torch.randn(48, 1120), torch.randn(rows, 1120), torch.rand(1120) + 0.5
     x[:, 5] *= 300
     bias, largest = torch.randn(48), (x * columns).abs().amax(0)
     weight[:, 5] *= 1e-2
@@ -168,7 +168,7 @@ def test_vectors_in_8_bits_may_have_columns_that_stand_out(rows, by_floats, inte
         return float((multiply(matrix, x).float() - expected).norm() / expected.norm())
 
     told = cpu_engine.Int8Matrix(weight, bias, columns, largest)
-    untold = cpu_engine.Int8Matrix(weight, bias, columns, torch.ones(96))
+    untold = cpu_engine.Int8Matrix(weight, bias, columns, torch.ones(1120))
     assert lost(told, cpu_engine.Int8Matrix.many) < 0.02 < lost(untold, cpu_engine.Int8Matrix.many)
     assert lost(told, cpu_engine.Int8Matrix.__call__) < 0.02
 
