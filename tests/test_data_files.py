@@ -88,6 +88,20 @@ def test_every_fact_is_in_one_passage_only_and_in_no_article():
     assert not known & {word for text in articles for word in re.findall(r"\w+", text)}
 
 
+@pytest.mark.parametrize(("option", "message"), [
+    (["--sizes", "tiny=10", "--qa", "31"], "--qa 31 is too many"), (["--seed", "-1"], "--seed"),
+    *((["--sizes", sizes], "--sizes") for sizes in ("a=1,a=2", "a=0", "../a=1"))])
+def test_a_bad_option_is_named_and_nothing_is_written(tmp_path, capsys, option, message):
+    """With good ones, a tiny corpus has what it was asked for: as many questions as there are."""
+    with pytest.raises(SystemExit):
+        make_corpus.main(["--out_dir", str(tmp_path), *option])
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    make_corpus.main(["--out_dir", str(tmp_path), "--sizes", "tiny=10", "--qa", "30", "--cpt", "0", "--seed", "7"])
+    assert len(read_lines(tmp_path / "corpus_tiny.txt")) == 10 and not (tmp_path / "cpt_train.jsonl").read_bytes()
+    assert len({question["question"] for question in read_jsonl(tmp_path / "rag_train.jsonl")}) == 30
+
+
 @pytest.fixture(scope="module")
 def wiki():
     return read_jsonl(DATA / "wiki_passages.jsonl"), read_jsonl(DATA / "wiki_questions.jsonl")
