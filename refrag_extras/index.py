@@ -35,11 +35,12 @@ import refrag
 from refrag import Index, open_columns, require
 from refrag_extras import documents
 from refrag_extras.corpus import Record, corpus_files, read_corpus, split_spans
-from refrag_extras.runs import glibc, process_group
+from refrag_extras.runs import check_folder, glibc, locked_folder, process_group
 from refrag_extras.vllm_engine import first_part
 
 BLOCK = 256  # passages whose vectors are kept together, and rows of a record batch
 BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
+FILES = re.compile(r"manifest\.json|gen-\d+|\..*|Thumbs\.db|desktop\.ini")  # what an index folder may hold
 IVF_LEAST = 10_000  # passages that train an inverted file
 DEFAULTS = {"faiss": "auto", "max_passage_tokens": 256, "overlap": 32}  # settings that an index keeps
 SCHEMA = pa.schema([("document", pa.string()), ("part", pa.uint32()), ("title", pa.string()), ("text", pa.string()),
@@ -520,18 +521,9 @@ def lock(index_dir: str) -> Iterator[None]:
         yield
         return
     path = Path(index_dir)
-    require(not path.exists() or path.is_dir(), f"--index_dir {path} is a file: name a folder")
-    names = [p.name for p in path.iterdir()] if path.exists() else []
-    foreign = [n for n in names if not re.fullmatch(r"manifest\.json|gen-\d+|\..*|Thumbs\.db|desktop\.ini", n)]
-    require(not foreign, f"--index_dir {path} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
-    is_new = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
-    with refrag.exclusive(path / ".lock", f"index {path}"):
-        try:
-            yield
-        finally:
-            if is_new and [p.name for p in path.iterdir()] == [".lock"]:
-                shutil.rmtree(path, ignore_errors=True)
+    check_folder("--index_dir", path, FILES)
+    with locked_folder(path, "index", lambda: any(p.name != ".lock" for p in path.iterdir())):
+        yield
 
 
 def run(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: refrag.BuildConfig,

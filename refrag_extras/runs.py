@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,26 +91,38 @@ def run_settings(configs: Sequence[Any], **more: Any) -> dict[str, Any]:
     return json.loads(json.dumps(more | options))
 
 
+def check_folder(flag: str, folder: Path, files: re.Pattern) -> None:
+    """Raise UserError for a file, or a folder that holds others than `files`."""
+    require(not folder.exists() or folder.is_dir(), f"{flag} {folder} is a file: name a folder")
+    foreign = [p.name for p in folder.iterdir() if not files.fullmatch(p.name)] if folder.exists() else []
+    require(not foreign, f"{flag} {folder} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path, what: str, begun: Callable[[], bool]) -> Iterator[None]:
+    """Lock a folder; a new one is removed again if nothing was begun in it. Raises LockedError."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with refrag.exclusive(folder / ".lock", f"{what} {folder}"):
+        try:
+            yield
+        finally:
+            if is_new and not begun():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def run_folder(folder: Path, writes: bool, files: re.Pattern, first: str) -> Iterator[None]:
     """Lock a run's folder; remove it again if the run never started (has no file `first`). files: the names it may
     hold. Raises UserError, LockedError."""
-    require(not folder.exists() or folder.is_dir(), f"--out_dir {folder} is a file: name a folder")
-    foreign = [p.name for p in folder.iterdir() if not files.fullmatch(p.name)] if folder.exists() else []
-    require(not foreign, f"--out_dir {folder} holds other files ({', '.join(sorted(foreign)[:3])}): name a new folder")
+    check_folder("--out_dir", folder, files)
     if not writes:
         yield
         return
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with refrag.exclusive(folder / ".lock", f"run {folder}"):
+    with locked_folder(folder, "run", (folder / first).is_file):
         for left in folder.glob(".*.tmp"):  # a checkpoint or a picture that a kill left unfinished
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-        try:
-            yield
-        finally:
-            if is_new and not (folder / first).is_file():
-                shutil.rmtree(folder, ignore_errors=True)
+        yield
 
 
 def finished_lines(path: Path, settings: dict[str, Any], flag: str) -> list[dict[str, Any]]:
