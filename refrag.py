@@ -3505,17 +3505,6 @@ class QueryGate(nn.Module):
         features = np.zeros((len(inputs.docs), 0), np.float32) if not self.shape["features"] else chunk_features(inputs)
         return check_finite(self.logits(inputs, features), "gate")
 
-    def shares(self, inputs: GateInput) -> dict[str, np.ndarray]:
-        """What each group of features adds to the logits (L,): the change from the group's mean values."""
-        features, shares, at = chunk_features(inputs), {}, 0
-        logits = self.logits(inputs, features)
-        for group, names in FEATURES.items():
-            without = features.copy()
-            without[:, at : at + len(names)] = self.mean[at : at + len(names)].cpu().numpy()
-            at += len(names)
-            shares[group] = logits - self.logits(inputs, without)
-        return shares
-
 
 def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict[str, Any] | None:
     """The facts of a checkpoint's "gate" or "policy", else of the shipped gate; None if made for another embedder."""
@@ -3571,15 +3560,6 @@ def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int =
     chosen[order] = np.cumsum(tokens[order]) <= text_budget(tokens, p, floor)
     chosen[order[:1]] |= p > 0 and floor > 0
     return chosen & (tokens > 0)
-
-
-def selection_reasons(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int = 0) -> list[str]:
-    order, reasons = np.argsort(-scores, kind="stable"), [""] * len(scores)
-    chosen, budget = select_chunks(scores, tokens, p, floor), text_budget(tokens, p, floor)
-    for rank, (number, used) in enumerate(zip(order, np.cumsum(tokens[order]), strict=True), start=1):
-        how = "text" if chosen[number] else "compressed"
-        reasons[number] = f"{how}: rank {rank} of {len(scores)}, {used} of {budget} tokens up to here"
-    return reasons
 
 
 # =============================================================================
@@ -5081,27 +5061,12 @@ class Pipeline:
                   for chunk, score, stays in zip(context.prompt.chunks, reading.scores.tolist(),
                                                  reading.expanded.tolist(), strict=True)]
         if reading.settings.explain:
-            chunks = [chunk | why for chunk, why in zip(chunks, self.explain(reading), strict=True)]
+            reasons = importlib.import_module("refrag_extras.explain").explain(self, reading)
+            chunks = [chunk | why for chunk, why in zip(chunks, reasons, strict=True)]
         return {"id": reading.item["id"], "question": reading.item["question"], "answer": answer,
                 "passages": [p.to_json() | {"read": how_read[label]} for label, p in source.items()],
                 "dropped_passages": context.left_out, "citations": citations, "chunks": chunks, "ended": out.ended,
                 "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(reading.settings)}
-
-    def explain(self, reading: Reading) -> list[dict[str, Any]]:
-        """For each chunk its text, why it stays text or not, and what each group of features adds to its score."""
-        settings, shares, chunks = reading.settings, {}, reading.context.prompt.chunks
-        reasons = [f"{'text' if stays else 'compressed'}: no choice to make" for stays in reading.expanded]
-        texts = [reading.context.docs[chunk.doc].content[chunk.start : chunk.end] for chunk in chunks]
-        if settings.mode == "truncate":
-            reasons = ["text: before the cut" if stays else "left out: the context is cut before its end"
-                       for stays in reading.expanded]
-        elif settings.mode == "refrag" and reading.given is not None:
-            reasons = selection_reasons(reading.scores, reading.context.prompt.sizes, settings.p, settings.floor)
-            if settings.gate == "learned":
-                shares = self.trained_gates["learned"].shares(reading.given)
-        return [{"text": text, "why": why,
-                 "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
-                for i, (text, why) in enumerate(zip(texts, reasons, strict=True))]
 
     def metrics(self, reading: Reading, out: Decoded, kv_bytes: int | None) -> dict[str, Any]:
         prompt, full, positions = reading.context.prompt, len(reading.context.prompt.input_ids), len(reading.plan)

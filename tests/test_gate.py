@@ -12,7 +12,7 @@ import torch
 from conftest import build
 
 import refrag
-from refrag_extras import train_gate
+from refrag_extras import explain, train_gate
 from refrag_extras import train_policy as policy
 
 
@@ -180,7 +180,7 @@ def test_what_a_gate_may_see():
 def test_shares_are_what_is_lost_without_a_group():
     gate = small_gate()
     gate.mean.copy_(torch.arange(len(NAMES)) / 10)
-    columns, shares = refrag.chunk_features(GIVEN), gate.shares(GIVEN)
+    columns, shares = refrag.chunk_features(GIVEN), explain.feature_shares(gate, GIVEN)
     assert list(shares) == list(refrag.FEATURES)
     for group, names in refrag.FEATURES.items():
         without = columns.copy()
@@ -200,7 +200,7 @@ def marked(seed, L=12):
 def test_reasons_and_gate_loss_golden():
     """.6 of 9 tokens are 5: the first chunk takes 4, the third exceeds them and ends it. The loss of two chunks, the
     first positive, logits [0, 0]: log 2 listwise, and .2 * 2 log 2 chunkwise; then padding."""
-    assert refrag.selection_reasons(np.array([0.9, 0.5, 0.7]), np.array([4, 1, 4]), 0.6) == [
+    assert explain.selection_reasons(np.array([0.9, 0.5, 0.7]), np.array([4, 1, 4]), 0.6) == [
         "text: rank 1 of 3, 4 of 5 tokens up to here", "compressed: rank 3 of 3, 9 of 5 tokens up to here",
         "compressed: rank 2 of 3, 8 of 5 tokens up to here"]
     logits, positive = torch.tensor([[0.0, 0.0, -math.inf]]), torch.tensor([[True, False, False]])
