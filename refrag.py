@@ -2557,6 +2557,15 @@ def cut_config(config: Any, layers: int) -> None:
             setattr(config, name, getattr(config, name)[:layers])
 
 
+def load_first_layers(config: RefragConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The decoder without its head, and with no more layers than the encoder is cut from. The others are not read."""
+    name, layers = config.decoder_name_or_path, encoder_layers(config.encoder_name_or_path) or 0
+    with hub_errors(name):
+        shape = AutoConfig.from_pretrained(model_folder(name))
+        cut_config(shape, min(layers, shape.num_hidden_layers))  # more of them would be made up
+        return AutoModel.from_pretrained(model_folder(name), config=shape, dtype=dtype, **SAFE).to(device).eval()
+
+
 def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:
     """The decoder's first layers as a model of its own, without the final norm.
 
@@ -3247,12 +3256,14 @@ def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> R
 
 
 def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lora_r: int = 0,
-               decoder: nn.Module | None = None) -> RefragModel:
-    """The model of --load_dir, or an untrained one from --enc and --dec. The rest: see `from_pretrained`."""
+               encoder_only: bool = False) -> RefragModel:
+    """The model of --load_dir, or an untrained one from --enc and --dec. encoder_only: its decoder is that of
+    `load_first_layers`. The rest: see `from_pretrained`."""
     device, checkpoint = pick_device(runtime.device), find_checkpoint(models)
-    dtype = pick_dtype(runtime.dtype, device)
+    dtype, config = pick_dtype(runtime.dtype, device), model_config(models, checkpoint)
+    decoder = load_first_layers(config, device, dtype) if encoder_only else None
     if checkpoint is None:
-        return build_model(model_config(models), device, dtype, train, decoder)
+        return build_model(config, device, dtype, train, decoder)
     model = RefragModel.from_pretrained(checkpoint, device=device, dtype=dtype, train=train, lora_r=lora_r,
                                         decoder=decoder)
     model.checkpoint = checkpoint.digest

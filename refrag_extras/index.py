@@ -36,7 +36,6 @@ from refrag import Index, open_columns, require
 from refrag_extras import documents
 from refrag_extras.corpus import Record, corpus_files, read_corpus, split_spans
 from refrag_extras.runs import check_folder, glibc, locked_folder, process_group
-from refrag_extras.vllm_engine import first_part
 
 BLOCK = 256  # passages whose vectors are kept together, and rows of a record batch
 BM25 = {"method": "lucene", "k1": 1.5, "b": 0.75}
@@ -498,8 +497,7 @@ def load_build(corpus: refrag.CorpusConfig, index: refrag.IndexConfig, build: re
     with_states = chunks["encoder"] if chunks else build.k or models.load_dir not in (None, "none", "auto")
     encoder = None
     if with_states:  # a change needs no more layers: the index tells one encoder from another
-        first = {"decoder": first_part(refrag.model_config(models), runtime)} if chunks else {}
-        encoder = refrag.load_model(models, runtime, **first).encoder
+        encoder = refrag.load_model(models, runtime, encoder_only=bool(chunks)).encoder
     tokenizer = encoder.tokenizer if encoder else refrag.build_tokenizer(refrag.model_config(models))
     chunking = refrag.Chunking(chunks["k"] if chunks else build.k or refrag.PackConfig.k, tokenizer, encoder)
     if chunks and chunks != chunking_facts(chunking):

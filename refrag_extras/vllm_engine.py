@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
 
 import refrag
 
@@ -59,27 +58,15 @@ def load_model(models: refrag.ModelConfig, pack: refrag.PackConfig,
     refrag.require(pack.gate != "ppl" and not pack.heuristic, f"--gate ppl and --heuristic need the decoder's weights "
                    f"here: choose another gate, or leave --engine {runtime.engine} out")
     server, checkpoint = Server(runtime.engine), refrag.find_checkpoint(models)
-    config = refrag.model_config(models, checkpoint)
-    decoder = first_part(config, runtime)
-    model, table = refrag.load_model(models, runtime, decoder=decoder), decoder.get_input_embeddings()
-    if "d" in config.training_model:  # the encoder has a copy of its own of the embeddings before
+    model = refrag.load_model(models, runtime, encoder_only=True)
+    decoder, table = model.decoder, model.decoder.get_input_embeddings()
+    if "d" in model.config.training_model:  # the encoder has a copy of its own of the embeddings before
         name = next(name for name, parameter in decoder.named_parameters() if parameter is table.weight)
         [trained] = [tensor for key, tensor in checkpoint.tensors("decoder").items() if key.endswith(name)]
         table.weight.data.copy_(trained)
     model.decoder = Embeddings(table, decoder.config, server)
     server.adopt(model)
     return model
-
-
-def first_part(config: refrag.RefragConfig, runtime: refrag.RuntimeConfig) -> nn.Module:
-    """The decoder without its head, and with no more layers than the encoder is cut from. The others are not read."""
-    device, layers = refrag.pick_device(runtime.device), refrag.encoder_layers(config.encoder_name_or_path) or 0
-    with refrag.hub_errors(config.decoder_name_or_path):
-        folder = refrag.model_folder(config.decoder_name_or_path)
-        shape = refrag.AutoConfig.from_pretrained(folder)
-        refrag.cut_config(shape, min(layers, shape.num_hidden_layers))  # more of them would be made up
-        return AutoModel.from_pretrained(folder, config=shape, dtype=refrag.pick_dtype(runtime.dtype, device),
-                                         **refrag.SAFE).to(device).eval()
 
 
 def make_stepper(decoder: Embeddings, engine: str) -> Server:

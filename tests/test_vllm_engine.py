@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import transformers
-from conftest import RUNTIME, build, disturb
+from conftest import build, disturb
 
 import refrag
 from refrag_extras import generate, serve, vllm_engine
@@ -225,7 +225,7 @@ def test_the_first_layers_alone_make_the_same_encoder_and_the_same_inputs(any_de
     """Whatever the decoder's architecture: indexes are read by the encoder's fingerprint."""
     device, config = torch.device("cpu"), refrag.RefragConfig(encoder_name_or_path="decoder:2",
                                                               decoder_name_or_path=str(any_decoder))
-    first = vllm_engine.first_part(config, RUNTIME)
+    first = refrag.load_first_layers(config, device, torch.float32)
     alone, whole = refrag.build_model(config, device, torch.float32, decoder=first), build("decoder:2", any_decoder)
     assert alone.encoder.fingerprint == whole.encoder.fingerprint and alone.window == whole.window
     inputs = [model.decoder.get_input_embeddings()(torch.arange(9)) for model in (alone, whole)]
