@@ -127,11 +127,25 @@ def build(enc: object, dec: object, **options: object) -> refrag.RefragModel:
     return refrag.build_model(config, torch.device("cpu"), torch.float32)
 
 
-def disturb(module: torch.nn.Module, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
+def disturb(module: torch.nn.Module, named: str = "") -> None:
+    """Move the parameters with this in their names, all by default, by a little."""
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for name, parameter in module.named_parameters():
+            if named in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def trained(enc: object, dec: object, letters: str = "p", **options: object) -> refrag.RefragModel:
+    """A model of which the projector, these parts, and with `lora` the decoder's adapters are not at their start."""
+    model = build(enc, dec, training_model=letters, **options)
+    for letter, part in {"p": model.projector, "e": model.encoder, "d": model.decoder}.items():
+        if letter in letters + "p":
+            disturb(part)
+    if model.config.lora:
+        refrag.add_lora(model.decoder, model.config.lora["r"])
+        disturb(model.decoder, ".lora_")
+    return model
 
 
 def pytest_collection_modifyitems(items: list) -> None:

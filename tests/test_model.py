@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import build, disturb
+from conftest import build, disturb, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -29,18 +29,12 @@ def content_of(encoder, text, k):
     return encoder.content_of_text(text, encoder.tokenizer.cut([text], k)[0])
 
 
-@pytest.fixture(scope="module")
-def whole(llama):
-    """The first two layers of the tiny Llama as the encoder, which reads a content whole."""
-    return build("decoder:2", llama)
-
-
 @pytest.fixture(params=["whole", "mean", "cls"])
 def model(request, llama, bert):
     """A model with each kind of encoder in turn, its projector disturbed."""
-    made = build("decoder:2", llama) if request.param == "whole" else build(bert, llama, pooling=request.param)
-    disturb(made.projector)
-    return made
+    if request.param == "whole":
+        return trained("decoder:2", llama)
+    return trained(bert, llama, pooling=request.param)
 
 
 @pytest.fixture
@@ -81,8 +75,9 @@ def assert_close(a, b):
     np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * max(np.abs(b).max(initial=0), 1))
 
 
-def test_whole_contents_are_means_of_the_cut_decoders_states(whole):
+def test_whole_contents_are_means_of_the_cut_decoders_states(llama):
     """Against the full decoder: the output of its second layer, averaged over runs of four tokens."""
+    whole = build("decoder:2", llama)
     tokenizer = whole.encoder.tokenizer.decoder
     for content in CONTENTS[:2]:  # one byte per character, so that chunks are simply every four tokens
         inputs = tokenizer(content, add_special_tokens=False, return_tensors="pt")
@@ -264,9 +259,7 @@ def check_forward(model):
 
 def test_forward_with_each_decoder(any_decoder):
     torch.manual_seed(0)  # the projector's weights, whichever test ran before
-    model = build("decoder:2", any_decoder)
-    disturb(model.projector)
-    check_forward(model)
+    check_forward(trained("decoder:2", any_decoder))
 
 
 def test_forward_with_each_encoder(model):
@@ -366,15 +359,6 @@ def test_compiled_once_whatever_the_lengths(llama):
 
 # -- adapters ---------------------------------------------------------------------------------------
 
-def with_adapters(folder):
-    model = build("decoder:2", folder, training_model="p", lora={"r": 2})
-    refrag.add_lora(model.decoder, 2)
-    for name, parameter in model.decoder.named_parameters():
-        if ".lora_" in name:
-            parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.2)
-    return model
-
-
 def logits_of(decoder):
     with torch.no_grad():
         return decoder(input_ids=torch.arange(3, 23)[None], use_cache=False).logits
@@ -393,7 +377,7 @@ def test_a_checkpoint_with_adapters_is_loaded_merged(tmp_path, any_decoder):
     assert len(names) == len(list(decoder.parameters())) - count > 0
     assert not any("head" in name or "embed" in name or "wte" in name for name in names)
     torch.testing.assert_close(logits_of(decoder), before)
-    model = with_adapters(any_decoder)
+    model = trained("decoder:2", any_decoder, lora={"r": 2})
     model.save_pretrained(tmp_path / "c")
     assert {path.stem for path in (tmp_path / "c").glob("*.safetensors")} == {"projector", "lora"}
     again = refrag.RefragModel.from_pretrained(tmp_path / "c")
@@ -415,7 +399,7 @@ def test_a_checkpoint_with_adapters_is_loaded_merged(tmp_path, any_decoder):
 @pytest.mark.parametrize(("train", "lora_r", "kept"), [("pd", 2, True), ("pd", 4, False), ("pd", 0, False),
                                                        ("ped", 2, True)])
 def test_training_goes_on_with_adapters_of_the_same_rank(tmp_path, llama, train, lora_r, kept):
-    model = with_adapters(llama)
+    model = trained("decoder:2", llama, lora={"r": 2})
     model.save_pretrained(tmp_path / "c")
     again = refrag.RefragModel.from_pretrained(tmp_path / "c", train=train, lora_r=lora_r)
     assert (again.config.lora == {"r": 2}, again.config.lora is None) == (kept, not kept)
@@ -427,14 +411,6 @@ def test_training_goes_on_with_adapters_of_the_same_rank(tmp_path, llama, train,
 
 
 # -- checkpoints ----------------------------------------------------------------------------
-
-def trained(enc, dec, letters, **options):
-    model = build(enc, dec, training_model=letters, **options)
-    for letter, part in {"p": model.projector, "e": model.encoder, "d": model.decoder}.items():
-        if letter in letters + "p":
-            disturb(part)
-    return model
-
 
 @pytest.fixture
 def checkpoint(tmp_path, llama, bert):

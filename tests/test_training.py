@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TEXTS, build, disturb
+from conftest import RUNTIME, TEXTS, build, trained
 from safetensors.torch import load_file
 
 import refrag
 from refrag_extras import reports, runs
 from refrag_extras.train import text_kinds
 
-RUNTIME = refrag.RuntimeConfig(device="cpu", quiet=True)
 PHASES = ("cpt_align", "cpt_recon", "cpt_next", "sft")
 MIX = ("--mix", "recon=.3,next=.2,cloze=.5", "--mix_end", "qa=1")
 START, END = 1, 2  # the tiny decoders' tokens for the start of a sequence and the end of an answer
@@ -832,10 +831,8 @@ def logged(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, llama) -> Path:
     """A checkpoint whose projector is not at its start, where the encoder would have no gradient."""
-    model = build("decoder:2", llama, training_model="p")
-    disturb(model.projector, seed=1)
     folder = tmp_path_factory.mktemp("start") / "checkpoint"
-    model.save_pretrained(folder)
+    trained("decoder:2", llama).save_pretrained(folder)
     return folder
 
 

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import transformers
-from conftest import build, disturb
+from conftest import build, trained
 
 import refrag
 from refrag_extras import generate, serve, vllm_engine
@@ -121,9 +121,8 @@ class StandIn(ThreadingHTTPServer):
 
 
 @pytest.fixture(scope="module")
-def tiny(index_dir, llama):
-    return ["--index_dir", index_dir, "--max_new", "6", "--topk", "3", "--compressed", "feed", "--p", "0.25", "--floor",
-            "0", "--threads", "1", "--dec", llama, "--enc", "decoder:2"]
+def tiny(tiny):
+    return [*tiny, "--topk", "3"]
 
 
 @pytest.fixture
@@ -171,18 +170,6 @@ def same(result):
             {name: value for name, value in result["settings"].items() if name != "engine"})
 
 
-def trained(kind, llama, folder):
-    """A checkpoint whose decoder was trained, wholly or by adapters. Its encoder is that of the index."""
-    model = build("decoder:2", llama, training_model="pd" if kind == "whole" else "p")
-    if kind == "adapters":
-        refrag.add_lora(model.decoder, 2)
-        model.config.lora = {"r": 2}
-    for number, part in enumerate((model.projector, model.decoder)):
-        disturb(part, number)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("mode", ["refrag", "full", "none", "truncate"])
 def test_answers_and_citations_are_those_of_the_decoder_here(served, tiny, asked, done, mode):
     argv = ["generate", *tiny, "--questions", asked, "--mode", mode, "--max_new", "12"]
@@ -194,10 +181,11 @@ def test_answers_and_citations_are_those_of_the_decoder_here(served, tiny, asked
     assert any("allowed_token_ids" in body for body in served.asked) == (mode != "none")
 
 
-@pytest.mark.parametrize("kind", ["whole", "adapters"])
-def test_a_trained_decoder_is_the_one_that_is_exported(exported, serving, tiny, llama, done, refused, kind, tmp_path):
+@pytest.mark.parametrize("how", [{"letters": "pd"}, {"lora": {"r": 2}}], ids=["whole", "adapters"])
+def test_a_trained_decoder_is_the_one_that_is_exported(exported, serving, tiny, llama, done, refused, how, tmp_path):
     """Its token embeddings come from the checkpoint, the encoder's do not; the one before training is found out."""
-    argv = [*tiny[: tiny.index("--dec")], "--load_dir", trained(kind, llama, tmp_path / "trained")]
+    trained("decoder:2", llama, **how).save_pretrained(tmp_path / "trained")
+    argv = [*tiny, "--load_dir", tmp_path / "trained"]
     engine, ask = serving(exported(argv)).engine, ["generate", *argv, "--question", QUESTIONS[1]]
     assert same(done(*ask, "--engine", engine)) == same(done(*ask, "--engine", "model"))
     assert "another decoder" in refused(5, *ask, "--engine", serving(llama).engine, "--quiet")
@@ -266,10 +254,10 @@ def test_sampling_is_the_servers_with_our_settings(served, tiny, done):
     (5, "hidden_size", {"other": {"hidden_size": 48}}), (3, "broke off", {"breaks": []}),
     (3, "out of memory", {"breaks": [{"error": {"message": "out of memory"}}]}), (3, "no vLLM server", {"gone": True}),
     (3, "export --decoder", {"unknown": True}), (3, "no vLLM server: name", {"listed": {"data": [{"id": "refrag"}]}})])
-def test_what_is_wrong_with_a_server(served, serving, tiny, refused, tokenizers, tmp_path, home, code, says, change):
+def test_what_is_wrong_with_a_server(served, serving, tiny, refused, llama, tmp_path, home, code, says, change):
     """One line each, before the first answer."""
     if "other" in change:
-        config = dataclasses.replace(transformers.AutoConfig.from_pretrained(tiny[-3]), **change["other"])
+        config = dataclasses.replace(transformers.AutoConfig.from_pretrained(llama), **change["other"])
         torch.manual_seed(1)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
         served = serving(tmp_path / "other")
@@ -312,8 +300,9 @@ def test_clients_of_our_server_are_answered_together(served, tiny):
     assert engine.counts["answers_total"] == 8
 
 
-def test_eval_measures_the_same(served, tiny, asked, done):
-    argv = ["eval", "--qa", asked, "--p", "0.25", "--max_new", "6", "--batch_size", "3", *tiny[:2], *tiny[-6:]]
+def test_eval_measures_the_same(served, index_dir, llama, asked, done):
+    argv = ["eval", "--qa", asked, "--p", "0.25", "--max_new", "6", "--batch_size", "3", "--index_dir", index_dir,
+            "--threads", "1", "--dec", llama, "--enc", "decoder:2"]
     here, there = ({name: {key: value for key, value in cell.items() if not key.endswith("_s")}
                     for name, cells in done(*argv, "--engine", engine)["results"].items() for cell in cells.values()}
                    for engine in ("model", served.engine))
