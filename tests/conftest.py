@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from writers import ROOT, STARTS, files, finished, forks, line, mount  # noqa: F401 (fixtures)
+from writers import ROOT, STARTS, files, finished, forks, line, mount, write_rows  # noqa: F401 (fixtures)
 
 sys.path.insert(0, str(ROOT))
 
@@ -54,11 +54,9 @@ def train_bpe(folder: Path, *, chat: bool = True) -> Path:
     tokenizer.train_from_iterator(TEXTS * 4, trainers.BpeTrainer(
         vocab_size=600, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>",
-                                                eos_token="<|im_end|>", pad_token="<|im_end|>",
-                                                unk_token="<|endoftext|>")
-    fast.chat_template = CHAT_TEMPLATE if chat else None
-    fast.save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
+        unk_token="<|endoftext|>", chat_template=CHAT_TEMPLATE if chat else None).save_pretrained(folder)
     return folder
 
 
@@ -73,9 +71,9 @@ def train_wordpiece(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]",
-                                                cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
-    fast.save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]").save_pretrained(folder)
     return folder
 
 
@@ -86,9 +84,8 @@ def train_sentencepiece(folder: Path) -> Path:
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.train_from_iterator(TEXTS * 4, trainers.UnigramTrainer(
         vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False))
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>",
-                                                eos_token="</s>", pad_token="</s>")
-    fast.save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>",
+                                         eos_token="</s>", pad_token="</s>").save_pretrained(folder)
     return folder
 
 
@@ -195,6 +192,12 @@ def bert(tmp_path_factory, tokenizers) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def whole(llama) -> refrag.ChunkEncoder:
+    """The first two layers of the tiny Llama, which read a content whole."""
+    return build("decoder:2", llama).encoder
+
+
 def save_embedder(folder: Path, backbone: Path, seed: int) -> Path:
     """A sentence-transformers folder: the backbone with mean pooling and normalisation."""
     from sentence_transformers import SentenceTransformer
@@ -268,10 +271,8 @@ def program():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     rows = [{"id": "abcdef"[i], "title": f"Title {i}", "text": text} for i, text in enumerate(TEXTS)]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_rows(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", rows)
 
 
 @pytest.fixture(scope="session")
@@ -313,9 +314,7 @@ def change(embedder, llama):
     """Build or change an index: change(folder, rows, retriever, sync=True, ..) -> counts and the index, opened."""
 
     def call(folder, rows, retriever=None, size=None, **options):
-        path, build = folder.with_suffix(".jsonl"), refrag.BuildConfig(**options)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows or ()))
+        path, build = write_rows(folder.with_suffix(".jsonl"), rows or ()), refrag.BuildConfig(**options)
         names = () if rows is None else (str(path),)
         corpus = refrag.CorpusConfig(names, max_passage_tokens=size, overlap=size and size // 4)
         index = refrag.IndexConfig(str(folder), retriever, None if build.changes else str(embedder))

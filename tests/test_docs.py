@@ -8,15 +8,13 @@ import runpy
 import shlex
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from writers import ROOT
 
 import refrag
 from refrag_extras import index
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 import transformers
 from conftest import TEXTS
 from scipy import stats
+from writers import lasting, write_rows
 
 import refrag
 from refrag_extras import evaluate
@@ -20,7 +21,6 @@ QUESTIONS = [
     {"id": "games", "question": "Where did the first modern games open?", "answers": ["Athens"], "positive_ids": ["f"]},
     {"id": "notes", "question": "Who wrote notes on the Analytical Engine?", "answers": ["Ada Lovelace", "Ada"],
      "positive_ids": ["c", "d"]}]
-TIMES = {"ttft_s", "ttit_s", "gate_ms", "ms_per_question"}
 MODELS = ["--enc", "decoder:2", "--quiet"]
 
 
@@ -41,14 +41,8 @@ def run_eval(done, argv):
     return lambda *more: done(*argv, *more)
 
 
-def timeless(value):
-    if isinstance(value, dict):
-        return {key: timeless(v) for key, v in value.items() if key not in TIMES}
-    return [timeless(v) for v in value] if isinstance(value, list) else value
-
-
 def lines_of(folder):
-    return [timeless(json.loads(line)) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    return [lasting(json.loads(line)) for line in (folder / "questions.jsonl").read_text().splitlines()]
 
 
 def load(index_dir, llama, qa, **options):
@@ -62,9 +56,7 @@ def load(index_dir, llama, qa, **options):
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory, index_dir, llama):
-    qa = tmp_path_factory.mktemp("qa") / "qa.jsonl"
-    qa.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    return load(index_dir, llama, qa)
+    return load(index_dir, llama, write_rows(tmp_path_factory.mktemp("qa") / "qa.jsonl", QUESTIONS))
 
 
 class TestMetrics:
@@ -243,7 +235,7 @@ class TestScores:
 def test_qa_has_the_promised_form_and_is_the_same_in_batches_or_not(run_eval):
     options = ["--modes", ",".join(refrag.EVAL_MODES["qa"]), "--p", 0, 0.3, "--limit", 2, "--batch_size"]
     first, second = (run_eval(*options, size) for size in (1, 2))
-    assert timeless(first) == timeless(second)
+    assert lasting(first) == lasting(second)
     assert (first["task"], first["n"], first["seed"]) == ("qa", 2, 1337)
     results = first["results"]
     assert [(mode, list(cells)) for mode, cells in results.items()] == [
@@ -253,7 +245,7 @@ def test_qa_has_the_promised_form_and_is_the_same_in_batches_or_not(run_eval):
             assert {"em", "f1", "f1_ci", "positions", "compression", "ttft_s", "citation_precision", "citation_recall",
                     "grounding"} <= cell.keys()
             assert cell["f1_ci"][0] <= cell["f1"] <= cell["f1_ci"][1]
-    drawn, read = (timeless(results[name]["0"]) for name in ("random_gate", "refrag"))
+    drawn, read = (lasting(results[name]["0"]) for name in ("random_gate", "refrag"))
     assert results["random_gate"]["0"]["ttft_s"] == results["refrag"]["0"]["ttft_s"], "they share one answer"
     more = {f"f1_minus_{name}" for name in set(results) - {"refrag", "full", "expanded_only"}}  # refrag's alone
     assert drawn == {name: value for name, value in read.items() if name not in more} and more < read.keys()
@@ -285,7 +277,7 @@ def test_retrieval(run_eval):
     assert made["results"]["bm25"]["recall@8"] == 0.875  # one of two positives has none of the question's words
     assert made["results"]["dense"]["recall@8"] == 1.0  # six passages in all
     only = run_eval("--task", "retrieval", "--modes", "dense")["results"]
-    assert timeless(only) == {"dense": timeless(made["results"])["dense"]}
+    assert lasting(only) == {"dense": lasting(made["results"])["dense"]}
     some = run_eval("--task", "retrieval", "--where", "id != a")["results"]
     assert all(some[name]["recall@8"] < scores["recall@8"] for name, scores in made["results"].items())
 
@@ -297,7 +289,7 @@ def test_gate(run_eval, write):
     options = ["--task", "gate", "--qa", qa, "--retriever", "bm25", "--p", 0, 0.5, 1, "--modes", "blend", "ppl",
                "random", "--topk", 1]
     first, second = (run_eval(*options) for _ in range(2))
-    assert timeless(first) == timeless(second)
+    assert lasting(first) == lasting(second)
     assert (first["n"], first["asked"]) == (6, 4)
     assert first["left_out"] == {"not_retrieved": 1, "no_answer_in_passage": 1}
     assert first["several_positives"] == 1 and first["all_positives"]["ppl"]["1"] == 1.0
@@ -436,7 +428,7 @@ class TestResuming:
             measured.extend(reading.item["question"] for reading in readings), generate(self, readings, *more))[1])
         grown = run_eval(*base, "--out_dir", tmp_path / "part", "--limit", 3, "--resume")
         assert set(measured) == {"warm up", five[2]["question"]} and grown["n"] == 3
-        assert timeless(grown) == timeless(run_eval(*base, "--out_dir", tmp_path / "whole", "--limit", 3))
+        assert lasting(grown) == lasting(run_eval(*base, "--out_dir", tmp_path / "whole", "--limit", 3))
         assert lines_of(tmp_path / "part") == lines_of(tmp_path / "whole")
         part, whole = (tmp_path / folder / "sample.md" for folder in ("part", "whole"))
         assert part.read_text() == whole.read_text()
@@ -449,9 +441,9 @@ def test_two_processes_give_the_results_of_one(forks, argv, tmp_path):
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     lines = (tmp_path / "one/questions.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "two/questions.jsonl").write_text("".join(lines[: len(lines) // 2]))
-    expected = timeless(json.loads(forks.out))
+    expected = lasting(json.loads(forks.out))
     made, nothing = forks.run_two([*argv, "--out_dir", tmp_path / "two", "--resume"])
-    assert timeless(json.loads(made)) == expected and nothing == ""
+    assert lasting(json.loads(made)) == expected and nothing == ""
     assert lines_of(tmp_path / "two") == lines_of(tmp_path / "one")
     assert not list((tmp_path / "two").glob("questions-*"))
 
@@ -488,7 +480,7 @@ def test_unanswerable_questions_count_in_qa(run_eval, run, argv, write, tmp_path
         code, out, err = run(*argv, "--qa", partly, "--task", task, "--json")
         assert code == 0 and json.loads(out)["n"] == 5 and f"--qa {partly}: left out 1 without positive_ids\n" in err
     # the other one has no place in a passage to be found
-    assert timeless(json.loads(out)["results"]) == timeless(run_eval("--task", "gate")["results"])
+    assert lasting(json.loads(out)["results"]) == lasting(run_eval("--task", "gate")["results"])
 
 
 class TestBadInput:

@@ -19,15 +19,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from writers import ASKED, STEPS, WRITERS, Writer, argv, damage, sign, tree, unchanged
+from writers import ASKED, STEPS, WRITERS, Writer, argv, damage, lasting, sign, tree, unchanged, write_rows
 
 import refrag
 
 KILLS = int(os.environ.get("REFRAG_KILLS", "2"))  # random places per writer, beside those around its last renaming
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-VARYING = {"seconds", "tokens_per_s", "ttft_s", "ttit_s", "stages", "spread", "runs", "peak_rss_mb", "peak_device_mb",
-           "load_s", "products_share", "ttft_ratio", "ttit_ratio", "file", "run", "out_dir", "command", "commit",
-           "versions", "checkpoint"}
 pytestmark = [pytest.mark.usefixtures("home"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")]
 
 
@@ -41,12 +38,6 @@ def no_pictures(request, monkeypatch) -> None:
     """They take longer than all the rest; one test draws some."""
     if "disk_leaves_the_old[bench]" not in request.node.name:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-
-
-def lasting(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: lasting(v) for key, v in value.items() if key not in VARYING}
-    return [lasting(v) for v in value] if isinstance(value, list) else value
 
 
 def state(folder: Path) -> dict[str, object]:
@@ -291,8 +282,8 @@ def two_blocks(tmp_path_factory, forks, line) -> Path:
     """A corpus of two blocks, the index of a build that was killed after the first, and of one that was not."""
     folder = tmp_path_factory.mktemp("blocks")
     rows = [{"id": str(i), "text": f"River {i} floods field {i * 7}."} for i in range(300)]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    argv = [line("vectors", folder / name, "--corpus", folder / "corpus.jsonl") for name in ("whole", "stopped")]
+    corpus = write_rows(folder / "corpus.jsonl", rows)
+    argv = [line("vectors", folder / name, "--corpus", corpus) for name in ("whole", "stopped")]
     assert forks.run(argv[0], folder) == 0, forks.err
     second = blocks(forks.changes())[1]
     assert forks.run(argv[1], folder, {second: signal.SIGKILL}) == -signal.SIGKILL
@@ -319,9 +310,9 @@ def test_an_index_that_was_stopped_computes_nothing_twice(forks, line, two_block
 def test_a_change_that_was_stopped_computes_nothing_twice(forks, line, two_blocks, tmp_path, how):
     """Killed after its first block, or before its generation gets its name."""
     rows = [{"id": str(i), "text": f"{'Stream' if i % 2 else 'River'} {i} floods field {i * 7}."} for i in range(600)]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = write_rows(tmp_path / "corpus.jsonl", rows)
     whole, *others = (shutil.copytree(two_blocks / "whole", tmp_path / name) for name in ("whole", "early", "late"))
-    argv = {out: line("vectors", out, "--corpus", tmp_path / "corpus.jsonl", how) for out in (whole, *others)}
+    argv = {out: line("vectors", out, "--corpus", corpus, how) for out in (whole, *others)}
     assert forks.run(argv[whole], tmp_path) == 0, forks.err
     assert json.loads(forks.out)["computed"] == 450  # 150 of the 600 were there
     places = blocks(forks.changes())[1], visible_renames(forks.changes())[0]
@@ -333,8 +324,7 @@ def test_a_change_that_was_stopped_computes_nothing_twice(forks, line, two_block
 
 def test_answers_that_were_stopped_go_on(forks, line, tmp_path):
     """Killed in the midst of a line after the first: those that were finished stay as they are."""
-    many = tmp_path / "many.jsonl"
-    many.write_text("".join(json.dumps({"question": f"{ASKED[n % 3][0]} {n}"}) + "\n" for n in range(40)))
+    many = write_rows(tmp_path / "many.jsonl", [{"question": f"{ASKED[n % 3][0]} {n}"} for n in range(40)])
     argv = line("generate", tmp_path / "out.jsonl", "--questions", many)
     pid = forks.start(argv)
     while not (tmp_path / "out.jsonl").exists() or b"\n" not in (kept := (tmp_path / "out.jsonl").read_bytes()):

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 from mcp import Client, MCPError, StdioServerParameters
-from writers import ROOT, STARTS
+from writers import ROOT, STARTS, lasting
 
 import refrag
 from refrag_extras import mcp as tools
@@ -40,12 +40,6 @@ def talk(server, *calls, **options):
     return asyncio.run(session())
 
 
-def without_times(result):
-    """What is the same each time an answer is given."""
-    counts = {name: value for name, value in result["metrics"].items() if not name.endswith(("_s", "_mb"))}
-    return result | {"metrics": {name: value for name, value in counts.items() if name != "stages"}, "chunks": None}
-
-
 def test_over_stdio_the_tools_give_what_the_commands_give(tiny, done, change, tmp_path):
     """Two calls at once get what they get alone; a changed index counts from the next call on."""
     folder = tmp_path / "followed"
@@ -64,7 +58,7 @@ def test_over_stdio_the_tools_give_what_the_commands_give(tiny, done, change, tm
             assert [tool.name for tool in (await client.list_tools()).tools] == ["search", "read", "answer"]
             answers = await asyncio.gather(*(client.call_tool("answer", {"question": q}) for q in others))
             for answer, expected in zip(answers, alone, strict=True):
-                assert without_times(answer.structured_content) == without_times(expected)
+                assert lasting(answer.structured_content | {"chunks": None}) == lasting(expected | {"chunks": None})
                 assert answer.content[0].text.startswith(expected["answer"])
             search = await client.call_tool("search", {"question": QUESTION})
             assert search.structured_content == found and not search.is_error

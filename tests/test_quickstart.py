@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from writers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SH = ROOT / "refrag_quickstart_auto_accel.sh"
 BAT = SH.with_suffix(".bat")
 VARIABLES = ("QUESTION", "ENC_MODEL", "DEC_MODEL", "EMBED_MODEL", "TOPK", "K", "P", "CTX_MAX", "MAX_NEW", "STEPS",

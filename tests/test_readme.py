@@ -5,13 +5,12 @@ import json
 import re
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
+from writers import ROOT
 
 import refrag
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for line in re.findall(r"python refrag\.py ([^`\n]+)", TEXT) if not line.startswith("COMMAND")]
 

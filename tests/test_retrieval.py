@@ -12,7 +12,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from conftest import CPU_HAS, RUNTIME, TEXTS, build, passages_of, save_embedder
+from conftest import CPU_HAS, RUNTIME, TEXTS, passages_of, save_embedder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -440,11 +440,6 @@ def test_late_chunk_vectors_golden():
     assert refrag.late_chunk_vectors(states[:3], ends, np.array([5, 9]), whole).tolist() == [[2.0], [50.0]]
 
 
-@pytest.fixture(scope="module")
-def encoder(llama):
-    return build("decoder:2", llama).encoder
-
-
 def table_at(encoder, content, k=4):
     return refrag.chunk_tables([content], refrag.Chunking(k, encoder.tokenizer, encoder), None, 1)[1][0]
 
@@ -465,13 +460,13 @@ def test_states_of_an_encoder_that_reads_chunk_by_chunk_serve_only_their_own_k(b
         np.testing.assert_allclose(doc.chunks.states, fresh, rtol=1e-3, atol=1e-3 * np.abs(fresh).max())
 
 
-def test_stored_tables_are_those_made_now(index_dir, embedder, encoder):
+def test_stored_tables_are_those_made_now(index_dir, embedder, whole):
     """Unless of another k or encoder. Chunks beyond the 64 tokens read have the whole passage's vector."""
     index, model = refrag.open_index(str(index_dir)), refrag.load_embedder(str(embedder), RUNTIME)
     for k in (4, 8, 16):
-        chunking = refrag.Chunking(k, encoder.tokenizer, encoder)
+        chunking = refrag.Chunking(k, whole.tokenizer, whole)
         for row in range(len(index)):
-            stored = index.chunk_table(row, k, encoder.fingerprint)
+            stored = index.chunk_table(row, k, whole.fingerprint)
             content = index[row].content
             made = refrag.chunk_tables([content], chunking, model, 1)[1][0]
             assert stored.ends.tolist() == made.ends.tolist() and stored.sizes.tolist() == made.sizes.tolist()
@@ -481,10 +476,10 @@ def test_stored_tables_are_those_made_now(index_dir, embedder, encoder):
             if k == 4:  # the gate's are weighted by the encoder's tokens, so merging them is no more than close
                 step = np.abs(made.embeddings).max(axis=1, keepdims=True) / 127
                 assert (np.abs(stored.embeddings - made.embeddings) <= 0.51 * step + 1e-3).all()
-    assert [index.chunk_table(0, k, encoder.fingerprint) is None for k in (2, 6, 12)] == [True, True, False]
+    assert [index.chunk_table(0, k, whole.fingerprint) is None for k in (2, 6, 12)] == [True, True, False]
     for other in (None, "0" * 16):
         assert index.chunk_table(0, 4, other).states is None and index.chunk_table(0, 4, other).embeddings is not None
-    vectors, (table,) = refrag.chunk_tables([LONG], refrag.Chunking(4, encoder.tokenizer), model, 1)
+    vectors, (table,) = refrag.chunk_tables([LONG], refrag.Chunking(4, whole.tokenizer), model, 1)
     np.testing.assert_allclose(table.embeddings[-1], vectors[0], atol=1e-6)
     assert np.abs(table.embeddings[0] - vectors[0]).max() > 1e-3
 

@@ -16,6 +16,7 @@ import torch
 import transformers
 from conftest import RUNTIME, TEXTS, build, trained
 from safetensors.torch import load_file
+from writers import write_rows
 
 import refrag
 from refrag_extras import reports, runs
@@ -29,17 +30,6 @@ START, END = 1, 2  # the tiny decoders' tokens for the start of a sequence and t
 @pytest.fixture(autouse=True)
 def no_pictures(home, monkeypatch) -> None:  # they take longer than a step
     monkeypatch.setattr(reports, "draw_losses", lambda *_: None)
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def whole(llama) -> refrag.ChunkEncoder:
-    """The first two layers of the tiny Llama, which read a content whole."""
-    return build("decoder:2", llama).encoder
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +93,7 @@ def test_cached_texts_are_their_tokens(tmp_path, whole):
     """Against the tokenizer itself. A cut may stand where what comes before decodes without a broken character."""
     decoder, path = whole.tokenizer.decoder, tmp_path / "texts.jsonl"
     texts = [*TEXTS, "\U0001f642 is four bytes."]
-    read = refrag.Texts([str(write(path, [{"text": text} for text in texts]))], whole.tokenizer, 10**6, 1)
+    read = refrag.Texts([str(write_rows(path, [{"text": text} for text in texts]))], whole.tokenizer, 10**6, 1)
     assert len(read) == len(read.table) == len(texts)
     for number, text in enumerate(texts):
         expected = decoder(text, add_special_tokens=False)["input_ids"]
@@ -123,7 +113,7 @@ def test_cached_texts_are_their_tokens(tmp_path, whole):
 
 def test_texts_are_tokenised_once_and_mapped(tmp_path, home, whole):
     """A cache that is there needs no writing: on a read-only disk there is no place for a lock."""
-    path = str(write(tmp_path / "t.jsonl", [{"text": text} for text in TEXTS]))
+    path = str(write_rows(tmp_path / "t.jsonl", [{"text": text} for text in TEXTS]))
     first = refrag.token_table([path], whole.tokenizer)
     [made] = (home / "tokens").glob("*.arrow")
     time = made.stat().st_mtime_ns
@@ -135,20 +125,20 @@ def test_texts_are_tokenised_once_and_mapped(tmp_path, home, whole):
 
 def test_another_file_or_tokenizer_is_another_cache(tmp_path, home, tokenizers, whole, separate):
     """A changed content under the same name, another order of files, another tokenizer or encoder's special tokens."""
-    a, b = (str(write(tmp_path / f"{n}.jsonl", [{"text": TEXTS[n]}])) for n in range(2))
+    a, b = (str(write_rows(tmp_path / f"{n}.jsonl", [{"text": TEXTS[n]}])) for n in range(2))
     ours, encoders = whole.tokenizer, separate.tokenizer
     other = refrag.RefragTokenizer(transformers.AutoTokenizer.from_pretrained(tokenizers["sentencepiece"]))
     asked = [([a], ours), ([b], ours), ([a, b], ours), ([b, a], ours), ([a], other), ([a], encoders)]
     for number, (paths, tokenizer) in enumerate(asked, start=1):
         refrag.token_table(paths, tokenizer)
         assert len(list((home / "tokens").glob("*.arrow"))) == number
-    write(Path(a), [{"text": TEXTS[2]}])
+    write_rows(Path(a), [{"text": TEXTS[2]}])
     assert ours.decoder.decode(cached_ids([a], ours)) == TEXTS[2]
 
 
 def test_special_tokens_in_a_text_are_only_text(tmp_path, whole, separate):
     text = "one <|im_end|> two <|endoftext|><|im_start|>user [SEP] two [CLS]"
-    path = str(write(tmp_path / "t.jsonl", [{"text": text}]))
+    path = str(write_rows(tmp_path / "t.jsonl", [{"text": text}]))
     ids = cached_ids([path], whole.tokenizer)
     assert not set(ids) & set(whole.tokenizer.decoder.all_special_ids)
     read = separate.tokenizer.decoder.decode(cached_ids([path], separate.tokenizer))
@@ -183,7 +173,7 @@ def text_lessons(tmp_path, whole):
 
     def call(kind: str, rows: list[dict], encoder: refrag.ChunkEncoder = whole, held_out: list[dict] = (), *,
              k: tuple[int, ...] = (4,), seq_tokens: int = 32, distill: float = 0.0, **options: object) -> Lessons:
-        train, evaluation = ((str(write(tmp_path / name, content)),) if content else () for name, content in (
+        train, evaluation = ((str(write_rows(tmp_path / name, content)),) if content else () for name, content in (
             ("t.jsonl", rows), ("d.jsonl", held_out)))
         config = refrag.TrainConfig("unused", k=k, seq_tokens=seq_tokens, eval_limit=options.pop("eval_limit", 32))
         defaults = refrag.ReconConfig(), refrag.NextConfig(), refrag.AnswersConfig(), refrag.SearchConfig()
@@ -442,7 +432,7 @@ def lessons_on(tmp_path, whole, words):
     def call(rows: list[dict] = QUESTIONS, index: Path = words, encoder: refrag.ChunkEncoder = whole, *, topk: int = 3,
              k: tuple = (4,), seq_tokens: int = 512, distill: float = 0.0, held_out: object = None,
              **options: object) -> Answers:
-        questions = str(write(tmp_path / "q.jsonl", rows))
+        questions = str(write_rows(tmp_path / "q.jsonl", rows))
         search = refrag.SearchConfig(topk=topk)
         searcher = refrag.load_searcher(refrag.IndexConfig(index_dir=str(index)), search, RUNTIME)
         config = refrag.TrainConfig("unused", k=k, seq_tokens=seq_tokens, distill=distill)
@@ -652,7 +642,7 @@ def test_every_chunk_is_encoded_from_its_own_text(lessons_on, encoder):
 
 
 def test_the_exam_has_each_k_and_p_takes_nothing_away_and_asks_for_answers(tmp_path, lessons_on):
-    path = write(tmp_path / "held_out.jsonl", QUESTIONS)
+    path = write_rows(tmp_path / "held_out.jsonl", QUESTIONS)
     lessons = lessons_on(k=(4, 8), p=(0.0, 0.25), no_answer_frac=1.0, quote_frac=1.0,
                          expanded_only_frac=1.0, held_out=str(path))
     exam, again = lessons.exam(), lessons.exam()
@@ -793,8 +783,8 @@ SHORT = ("--k", "4", "--seq_tokens", "32", "--batch_size", "2", "--steps", "2", 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory, words) -> dict[str, list[object]]:
     folder = tmp_path_factory.mktemp("data")
-    texts = ["--train_json", write(folder / "t.jsonl", [{"text": text} for text in TEXTS])]
-    questions = ["--rag_json", write(folder / "q.jsonl", QUESTIONS), "--index_dir", words, "--topk", "2"]
+    texts = ["--train_json", write_rows(folder / "t.jsonl", [{"text": text} for text in TEXTS])]
+    questions = ["--rag_json", write_rows(folder / "q.jsonl", QUESTIONS), "--index_dir", words, "--topk", "2"]
     return {"cpt_align": texts, "cpt_recon": texts, "cpt_next": texts, "sft": questions,
             "train": [*texts, *questions, *MIX, "--eval_json", texts[1], "--eval_rag_json", questions[1]]}
 
@@ -934,8 +924,8 @@ def check_answers(done: object, folder: Path) -> None:
 
 @pytest.mark.parametrize(("phase", "options"), [*((phase, "") for phase in PHASES), ("sft", "--lora_r 4 --lr 2e-2")])
 def test_a_few_steps_learn_a_small_text(train, tmp_path, llama, phase, options):
-    one = write(tmp_path / "one.jsonl", [{"text": "The Rhone floods in May. The bells ring."}] if phase != "sft" else [
-        QUESTIONS[0]])
+    row = QUESTIONS[0] if phase == "sft" else {"text": "The Rhone floods in May. The bells ring."}
+    one = write_rows(tmp_path / "one.jsonl", [row])
     data = ["--rag_json", one, "--no_answer_frac", 0] if phase == "sft" else ["--train_json", one]
     data += {"cpt_recon": ["--curriculum", "none"], "cpt_next": ["--expand_frac", 0]}.get(phase, [])
     train(phase, "run", *data, "--train", "ped", "--steps", 20, "--lr", "3e-3", "--log_every", 1, *options.split())

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import build, trained
+from writers import lasting
 
 import refrag
 from refrag_extras import generate, serve, vllm_engine
@@ -303,7 +304,5 @@ def test_clients_of_our_server_are_answered_together(served, tiny):
 def test_eval_measures_the_same(served, index_dir, llama, asked, done):
     argv = ["eval", "--qa", asked, "--p", "0.25", "--max_new", "6", "--batch_size", "3", "--index_dir", index_dir,
             "--threads", "1", "--dec", llama, "--enc", "decoder:2"]
-    here, there = ({name: {key: value for key, value in cell.items() if not key.endswith("_s")}
-                    for name, cells in done(*argv, "--engine", engine)["results"].items() for cell in cells.values()}
-                   for engine in ("model", served.engine))
+    here, there = (lasting(done(*argv, "--engine", engine)["results"]) for engine in ("model", served.engine))
     assert there == here and {"full", "refrag", "wrong_vectors"} <= here.keys()

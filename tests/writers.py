@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +21,28 @@ MODULE, MAIN = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["
 STARTS = {"python refrag.py": [str(ROOT / "refrag.py")], "refrag": [
     "-c", f"import sys; sys.path[0] = {str(ROOT)!r}; from {MODULE} import {MAIN}; sys.exit({MAIN}())"]}
 STEPS = 5  # of each training run
+VARYING = {"seconds", "tokens_per_s", "ttft_s", "ttit_s", "gate_ms", "ms_per_question", "stages", "spread", "runs",
+           "peak_rss_mb", "peak_device_mb", "load_s", "products_share", "ttft_ratio", "ttit_ratio", "file", "run",
+           "out_dir", "command", "commit", "versions", "checkpoint"}
 ASKED = [("Where do smiths cast bells?", "the valley", "b"), ("Who wrote the notes?", "Ada Lovelace", "c"),
          ("Which lake does the Rhone leave?", "Lake Geneva", "a")]
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
+
+def write_rows(path: Path, rows: Sequence[dict]) -> Path:
+    """Write each row as a line of JSON; returns the path."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def lasting(value: object) -> object:
+    """Of a result, what is the same in each run."""
+    if isinstance(value, dict):
+        return {key: lasting(v) for key, v in value.items() if key not in VARYING}
+    return [lasting(v) for v in value] if isinstance(value, list) else value
+
 
 def tree(folder: Path) -> dict[str, bytes]:
     """The files of a folder by name, but for locks."""
@@ -242,7 +260,7 @@ def files(tmp_path_factory, corpus) -> Path:
     texts = [json.loads(row)["text"] for row in corpus.read_text().splitlines()]
     texts = [{"text": f"{text} {text.lower()}"} for text in texts]
     for name, content in {"many": many, "same": [*same, *many], "asked": asked, "texts": texts, "eval": texts}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        write_rows(folder / f"{name}.jsonl", content)
     (folder / "search.txt").write_text("".join(f"{question}\n" for question, *_ in [*ASKED, ["passage 17"]]))
     return folder
 
