@@ -3681,8 +3681,8 @@ class Text(NamedTuple):
     where: str  # file:line
 
     def split(self, s: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Parted after s tokens, or near there if that is inside a character: (context, its cuts, what follows)."""
-        s = nearest_cut(self.cuts[:-1], s)
+        """Split after s tokens, or near there to cut no character and leave two parts: (context, its cuts, rest)."""
+        s = nearest_cut(self.cuts[:-1], min(max(s, 1), len(self.ids) - 1))
         return self.ids[:s], np.append(self.cuts[:s], True), self.ids[s:]
 
 
@@ -3779,7 +3779,7 @@ def following(texts: Texts, number: int, k: int, rng: Random, progress: float, *
     """The next paragraph from compressed context; some texts are reconstructed instead, and some chunks stay text."""
     text, training = texts.read(number), progress < 1  # the evaluation asks only for what follows all vectors
     s = text.context if 0 < text.context < len(text.ids) else round(len(text.ids) / 2)
-    context, cuts, rest = text.split(min(max(s, 1), len(text.ids) - 1))
+    context, cuts, rest = text.split(s)
     if rng.random() < recon_frac and training:
         return Item(reconstruction(encoder, context, cuts, k), text.where)
     content = encoder.content_of_tokens(context, cuts, k)

@@ -74,8 +74,9 @@ def text_kinds(names: Sequence[str], options: dict[type, Any], encoder: refrag.C
         for held_out in sources[1:]:
             numbers = refrag.sample_evenly(range(len(held_out)), train.eval_limit)
             exam = recon_exam(held_out, numbers, ks, encoder) if name == "recon" else {
-                f"k{k}": [make(held_out, number, k, np.random.default_rng([0, i]), 1.0)
-                          for i, number in enumerate(numbers)] for k in ks}
+                f"k{k}": [item for i, number in enumerate(numbers)
+                          if (item := make(held_out, number, k, np.random.default_rng([0, i]), 1.0)).sequence.asked]
+                for k in ks}
         kinds[name] = Kind(len(sources[0]), functools.partial(make, sources[0]), exam)
     return kinds
 

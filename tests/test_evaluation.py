@@ -335,6 +335,12 @@ def test_ppl_against_plain_forwards(done, probe, llama):
         assert made["positions"]["refrag"][str(k)] == made["positions"]["truncate"][str(k)] == 1 + vectors + 8 - 1
 
 
+def test_a_window_that_ends_inside_a_character_leaves_something_to_predict(done, probe, write):
+    texts = write("odd.jsonl", [{"text": "\U0001f642" * n} for n in (40, 50)])  # of four tokens each
+    made = done(*probe("ppl", "--texts", texts, "--next_tokens", 1, "--modes", "refrag", "none"))
+    assert made["positions"]["none"] == {"16": 4.0}
+
+
 def test_one_text_has_no_other_text_s_vectors_and_short_ones_no_two_pieces(refused, probe, write):
     path = write("one.jsonl", [{"text": " ".join(TEXTS * 3)}])
     for task in ("ppl", "recon"):

@@ -349,6 +349,14 @@ def test_the_exam_is_always_the_same_and_has_each_k(tmp_path, text_lessons, kind
         assert all(np.array_equal(a.sequence.plan, b.sequence.plan) for a, b in zip(items, again[name], strict=True))
 
 
+@pytest.mark.parametrize("kind", ["cloze", "align"])
+def test_the_exam_leaves_out_what_asks_nothing(text_lessons, kind):
+    """A text without a name to leave out, or of one chunk: their loss would be 0."""
+    rows = [{"text": "and so on " * 2}, {"text": f"so it is in Rome {'and so on ' * 9}"}]
+    exam = text_lessons(kind, rows, held_out=rows, k=(4, 32), seq_tokens=200).exam
+    assert [item.where[-1] for item in exam["k32"]] == ["2"]
+
+
 def test_the_exam_compresses_all_has_each_length_and_repeats_nothing(text_lessons):
     rows = [{"tokens": list(range(100, 140))}, {"tokens": list(range(200, 210))}]
     exam = text_lessons("next", rows, held_out=rows, recon_frac=1.0, expand_frac=1.0, seq_tokens=40).exam
