@@ -1538,7 +1538,6 @@ def check_finite(values: Any, model: str) -> Any:
 
 class Tokens(NamedTuple):
     """A text as a tokenizer cuts it: ids and the characters each token stands for, (T,) int64 each."""
-
     ids: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
@@ -2582,9 +2581,10 @@ def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_e
     model = copy.deepcopy(body, kept | left_out)
     model.set_submodule(stacks[0], model.get_submodule(stacks[0])[:layers])
     cut_config(model.config, layers)
-    for name in ("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"):
-        if isinstance(getattr(model, name, None), nn.Module):
-            setattr(model, name, nn.Identity())  # it was trained for the last layer's states
+    around = model.get_submodule(stacks[0].rpartition(".")[0])
+    for name in ("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm", "project_out"):
+        if isinstance(getattr(around, name, None), nn.Module):
+            setattr(around, name, nn.Identity())  # it was trained for the last layer's states
     return model.eval()
 
 
@@ -2810,7 +2810,7 @@ class Projector(nn.Module):
     """Encoder state h of a chunk to a decoder embedding: v = mean(token embeddings) + s W2 gelu(W1 norm(h)).
 
     W2 starts at zero, so that an untrained projector gives the mean, which the decoder can read from the first step.
-    s starts as the RMS of the decoder's embedding matrix and is trained. Without the residual (kind "mlp", the
+    s starts as the RMS of the decoder's token embeddings and is trained. Without the residual (kind "mlp", the
     paper's) the mean is left out and W2 starts at random.
     """
 
@@ -2943,8 +2943,9 @@ class RefragModel(PreTrainedModel):
 
     def __init__(self, config: RefragConfig, encoder: ChunkEncoder, decoder: nn.Module):
         super().__init__(config)
-        table = decoder.get_input_embeddings().weight
-        rms = table.detach().float().pow(2).mean().sqrt().item()
+        embeddings = decoder.get_input_embeddings()
+        table, scale = embeddings.weight, getattr(embeddings, "embed_scale", 1.0)  # Gemma's module multiplies
+        rms = (table.detach().float().pow(2).mean().sqrt() * scale).item()
         self.encoder, self.decoder = encoder, decoder
         self.projector = Projector(encoder.width, table.shape[1], rms, config.projector).to(table.device)
         self.carried: dict[str, dict[str, Tensor]] = {}  # gate and policy, kept only so that they are saved again
@@ -4967,7 +4968,8 @@ class Pipeline:
     def attends(self) -> bool:
         """Whether all layers keep keys. Recurrent ones would read padding, and cannot go on from a state."""
         _, state = prefill(self.model.decoder, [self.model.decoder.get_input_embeddings().weight[:1].detach()])
-        return all(hasattr(layer, "keys") for layer in getattr(state.cache, "layers", [None]))
+        layers = getattr(state.cache, "layers", [None])
+        return all(hasattr(layer, "keys") and not hasattr(layer, "recurrent_states") for layer in layers)
 
     @property
     def batches(self) -> bool:

@@ -7,11 +7,12 @@ import json
 import math
 import shutil
 
+import conftest
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TEXTS
+from conftest import ATTENTION, SMALL, TEXTS
 
 import refrag
 from refrag_extras import cpu_engine
@@ -97,6 +98,17 @@ class TestExactness:
         for one, other in zip(reader.answer_batch(items, settings), alone, strict=True):
             assert one["answer"] == other["answer"] and one["citations"] == other["citations"]
             assert one["metrics"]["positions"] == other["metrics"]["positions"]
+
+    def test_layers_that_attend_and_recur_at_once_read_prompts_one_by_one(self, tmp_path, tokenizers, monkeypatch):
+        monkeypatch.setitem(conftest.DECODERS, "falcon_h1", lambda: transformers.FalconH1Config(
+            **SMALL, **ATTENTION, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8))
+        reader = load(conftest.save_decoder("falcon_h1", tmp_path / "decoder", tokenizers["bpe"]))
+        items = [ITEM, ITEM | {"question": PROMPT + " word"}]
+        alone = [reader.answer_batch([item])[0]["answer"] for item in items]
+        assert [one["answer"] for one in reader.answer_batch(items)] == alone
+        ids = read(reader, p=1.0).plan.tolist()
+        [out], *_ = reader.write([read(reader, p=1.0)], None)
+        assert plain_logits(reader.model.decoder, ids + out.tokens[:-1]).argmax() == out.tokens[-1]
 
     @pytest.mark.parametrize(("engine", "reads"), [("model", False), ("int8", False), ("int8", True)])
     def test_in_bfloat16_a_batch_is_what_each_is_alone(self, llama, index_dir, engine, reads, integers, monkeypatch):

@@ -9,11 +9,12 @@ import shutil
 import types
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import build, disturb, trained
+from conftest import ATTENTION, SMALL, build, disturb, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -65,6 +66,14 @@ def test_projector_is_what_its_docstring_says(kind):
     hidden = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
     expected = p["scale"] * (hidden @ p["outer.weight"].T + p["outer.bias"]) + residual * (kind == "residual_mlp")
     torch.testing.assert_close(projector(states, residual), expected.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_projectors_scale_starts_as_that_of_the_embeddings(tmp_path, tokenizers, monkeypatch):
+    """Gemma's module multiplies its weights by the root of the width, here by 5.7."""
+    monkeypatch.setitem(conftest.DECODERS, "gemma", lambda: transformers.GemmaConfig(**SMALL, **ATTENTION, head_dim=8))
+    model = build("decoder:2", conftest.save_decoder("gemma", tmp_path / "decoder", tokenizers["bpe"]))
+    embeddings = model.decoder.get_input_embeddings()(torch.arange(600))
+    torch.testing.assert_close(model.projector.scale, embeddings.pow(2).mean().sqrt())
 
 
 # -- the chunk encoder ------------------------------------------------------------------
@@ -162,6 +171,17 @@ def test_first_layers_keep_their_kind():
         got, far = cut(input_ids=ids).last_hidden_state, cut(input_ids=other).last_hidden_state
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(got[:, 30:], far[:, 30:])  # what stands further back than four tokens is not seen
+
+
+def test_the_layers_of_opt_give_states_of_their_own_width():
+    """They stand a level deeper, and after the last one come a norm and a map to the width of the embeddings."""
+    config = transformers.OPTConfig(vocab_size=60, hidden_size=16, word_embed_proj_dim=8, num_hidden_layers=3,
+                                    num_attention_heads=2, ffn_dim=16)
+    decoder = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.inference_mode():
+        expected = decoder(input_ids=torch.arange(40)[None], output_hidden_states=True).hidden_states[2]
+        got = refrag.first_layers(decoder, 2)(input_ids=torch.arange(40)[None]).last_hidden_state
+    torch.testing.assert_close(got, expected)
 
 
 def test_first_layers_share_the_decoders_memory_or_nothing(any_decoder):
