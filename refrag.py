@@ -3281,7 +3281,6 @@ NEIGHBOUR_SHARE = 0.5  # of the better neighbour's score: an answer is often nex
 
 class GateInput(NamedTuple):
     """All that gates read. Chunks are numbered as in the prompt, documents by rank."""
-
     question: str
     query: np.ndarray | None  # (dim,), the embedder's vector of the question
     vectors: np.ndarray | None  # (L, dim), the embedder's vectors of the chunks
@@ -3823,7 +3822,6 @@ def align(texts: Texts, number: int, k: int, rng: Random, progress: float, *, en
 
 class Asked(NamedTuple):
     """A question with its passages, before their text chunks are chosen."""
-
     context: Context
     content: Content
     target: np.ndarray  # (A,), the answer's tokens
@@ -4910,9 +4908,9 @@ class Pipeline:
 
     def score(self, context: Context, settings: Settings) -> tuple[np.ndarray, GateInput | None]:
         """(the gate's scores (L,), what it looked at); zeros and None if there is no choice to make."""
-        docs, query, gate = context.docs, None, settings.gate
-        if not docs or gate == "none" or settings.mode not in ("refrag", "truncate") or not 0 < settings.p < 1:
-            return np.zeros(len(context.prompt.chunks)), None
+        docs, query, gate, L = context.docs, None, settings.gate, len(context.prompt.chunks)
+        if gate == "none" or settings.mode not in ("refrag", "truncate") or not 0 < settings.p < 1 or not L:
+            return np.zeros(L), None
         if gate in VECTOR_GATES and self.embedder is not None:
             docs = self.filled(docs, settings.k, gate=True)
             query = self.embedder.embed_query(context.question)[0]
@@ -5082,15 +5080,15 @@ class Pipeline:
                 "metrics": self.metrics(reading, out, kv_bytes), "settings": self.describe(reading.settings)}
 
     def metrics(self, reading: Reading, out: Decoded, kv_bytes: int | None) -> dict[str, Any]:
-        prompt, full, positions = reading.context.prompt, len(reading.context.prompt.input_ids), len(reading.plan)
-        later, steps, total = out.times[-1] - out.times[0], len(out.times) - 1, prompt.context_tokens
+        prompt, positions, later = reading.context.prompt, len(reading.plan), out.times[-1] - out.times[0]
+        full, chunks, total, steps = len(prompt.input_ids), prompt.chunks, prompt.context_tokens, len(out.times) - 1
         stages = {name: round(reading.seconds.get(name, 0.0), 6)
                   for name in ("retrieve_s", "gate_s", "vectors_s", "pack_s", "prefill_s")}
         return {"ttft_s": round(sum(reading.seconds.values()), 6), "ttit_s": round(later / steps, 6) if steps else None,
                 "tokens_per_s": round(steps / later, 3) if steps and later > 0 else None,
                 "new_tokens": len(out.tokens), "positions": positions, "full_positions": full,
                 "context_tokens": total, "compression": round(full / positions, 4), "kv_bytes": kv_bytes,
-                "p_realised": round(int(prompt.sizes[reading.expanded].sum()) / max(total, 1), 6),
+                "p_realised": round(sum(int(reading.kept[c.first : c.last].sum()) for c in chunks) / max(total, 1), 6),
                 "stages": stages, "load_s": round(self.load_s, 3), "peak_rss_mb": round(peak_rss_mb(), 1)}
 
     def describe(self, settings: Settings) -> dict[str, Any]:

@@ -308,7 +308,7 @@ def asking(index_dir, llama):
             "--enc", "decoder:2", "--k", 4, "--max_new", 2, "--quiet"]
 
 
-def test_train_gate_writes_a_gate_that_generate_uses(train, done, run, asking, tmp_path):
+def test_train_gate_writes_a_gate_that_generate_uses(train, done, run, asking, embedder, tmp_path):
     summary, folder = train("gate", "--epochs", "30", "--batch_size", "2"), tmp_path / "made"
     assert summary["examples"] == summary["questions"] == summary["held_out"] == 3
     assert summary["recall"] == {"0.2": summary["records"][-1]["recall"]["0.2"]}
@@ -323,6 +323,8 @@ def test_train_gate_writes_a_gate_that_generate_uses(train, done, run, asking, t
         assert made == "blend" or all(set(chunk["shares"]) == set(refrag.FEATURES) for chunk in chunks)
     code, out, _ = run(*argv, "--no_stream")
     assert code == 0 and out.count(" rank ") == len(chunks) and "meaning" in out
+    empty = done("generate", "--prompt", "Who? <doc id='a'></doc>", *argv[5:], "--embed_model", embedder)
+    assert empty["settings"]["gate"] == "learned" and empty["chunks"] == []
 
 
 def test_passages_beyond_the_decoders_window_are_told(refused, command, monkeypatch):

@@ -367,6 +367,9 @@ class TestModes:
             metrics = tiny.answer(PROMPT, p=p)["metrics"]
             assert metrics["p_realised"] <= p
             assert metrics["compression"] == pytest.approx(metrics["full_positions"] / metrics["positions"], abs=1e-4)
+        cut = read(tiny, p=0.9, mode="truncate")  # in the middle of a chunk
+        content = ~refrag.text_mask(cut.context.prompt, np.zeros_like(cut.expanded))
+        assert tiny.generate([cut])[0]["metrics"]["p_realised"] == pytest.approx(cut.kept[content].mean(), abs=1e-6)
         settings = tiny.answer(PROMPT, compressed="auto")["settings"]
         assert settings["projector_trained"] is False and settings["compressed"] == "drop"
 
