@@ -1402,10 +1402,10 @@ def labelled(questions: Sequence[dict[str, Any]], label: str, limit: int | None,
 
 
 def as_number(value: Any) -> float:
-    """A number, also one that is written as text; NaN for anything else."""
+    """A number, also one that is written as text; NaN for anything else, as an id 1_2 is."""
     try:
-        return math.nan if isinstance(value, bool) else float(value)
-    except (ValueError, TypeError):
+        return math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
+    except (ValueError, TypeError, OverflowError):
         return math.nan
 
 

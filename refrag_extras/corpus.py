@@ -80,8 +80,8 @@ def corpus_files(paths: Sequence[str], sources: dict[str, str]) -> tuple[list[Co
     for name in paths:
         path, inside = Path(name), [Path(name)]
         if path.is_dir():
-            found = [p for p in sorted(path.rglob("*"))
-                     if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            found = [p for p in sorted(path.rglob("*")) if (p.is_file() or p.is_symlink())  # no linked folder is read
+                     and not any(part.startswith(".") for part in p.relative_to(path).parts)]
             inside = [p for p in found if kind_of(p) in known]
             require(bool(inside), f"--corpus {name}: the folder holds no {', '.join(known)} files")
             others += [p for p in found if kind_of(p) not in known or kind_of(p) in lacking]

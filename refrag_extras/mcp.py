@@ -193,7 +193,8 @@ class Toolbox:
         try:
             args = read_arguments(tool, arguments, self.usual)
             self.searcher.index.refresh()
-            result = getattr(self, name)(args, cancelled)
+            result = json.dumps(getattr(self, name)(args, cancelled), ensure_ascii=False)
+            result = json.loads(result.encode("utf-8", "replace"))  # a record's field may hold half a surrogate pair
             return CallToolResult(content=[TextContent(text=shown(result))], structured_content=result)
         except Exception as error:
             code, message = refrag.classify(error)

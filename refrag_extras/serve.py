@@ -33,7 +33,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 import refrag
@@ -331,6 +331,10 @@ def refrag_fields(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in names}
 
 
+def json_response(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(refrag.dumps(data), status, headers, "application/json")
+
+
 def event(data: Any) -> str:
     return f"data: {data if isinstance(data, str) else refrag.dumps(data)}\n\n"
 
@@ -389,7 +393,7 @@ class Service:
             except Exception as error:
                 refused = refusal(error)
                 again = {"Retry-After": "1"} if refused.status == 429 else {}
-                response = JSONResponse(refused.body(), refused.status, again)
+                response = json_response(refused.body(), refused.status, again)
             self.engine.counts[f'responses_total{{status="{response.status_code}"}}'] += 1
             return response
 
@@ -399,7 +403,7 @@ class Service:
         """An address or a method that is not there, as a reply. error: Starlette's HTTPException."""
         message = f"{request.method} {request.url.path}: {error.detail}; see GET /docs"
         refused = Refused(error.status_code, message, error.detail.lower().replace(" ", "_"))
-        return JSONResponse(refused.body(), error.status_code, error.headers)
+        return json_response(refused.body(), error.status_code, error.headers)
 
     def check_origin(self, request: Request) -> None:
         """Raises Refused for what a page from elsewhere asks in the name of the person who opened it.
@@ -432,8 +436,8 @@ class Service:
             return StreamingResponse(self.in_pieces(job, updates, kind, value), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-cache"})
         message = {"role": "assistant", "content": value["answer"], "refusal": None}
-        return JSONResponse(reply(job, "chat.completion", [choice({"message": message}, value["ended"])],
-                                  usage=usage_of(value), refrag=refrag_fields(value)))
+        return json_response(reply(job, "chat.completion", [choice({"message": message}, value["ended"])],
+                                   usage=usage_of(value), refrag=refrag_fields(value)))
 
     async def next_update(self, request: Request, updates: asyncio.Queue) -> tuple[str, Any]:
         """What a job tells next. Raises Refused for an error, ClientDisconnect when the client has gone."""
@@ -473,7 +477,7 @@ class Service:
         vectors, tokens = await asyncio.get_running_loop().run_in_executor(None, self.engine.embed, form.input)
         coded = form.encoding_format == "base64"
         rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() if coded else row.tolist() for row in vectors]
-        return JSONResponse({
+        return json_response({
             "object": "list", "model": form.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]})
 
@@ -488,14 +492,14 @@ class Service:
         return facts
 
     async def list_models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self.model_facts(name) for name in self.models]})
+        return json_response({"object": "list", "data": [self.model_facts(name) for name in self.models]})
 
     async def one_model(self, request: Request) -> Response:
         check_served(request.path_params["name"], list(self.models))
-        return JSONResponse(self.model_facts(request.path_params["name"]))
+        return json_response(self.model_facts(request.path_params["name"]))
 
     async def health(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
         return PlainTextResponse(self.engine.metrics_text(), media_type="text/plain; version=0.0.4")

@@ -272,15 +272,16 @@ def test_a_folder_holds_a_document_per_text_file_and_records(write, tmp_path, ca
         "ignored.py": "code", "a.txt.bak": "an old one", "b.md.zip": "not unzipped", "LICENSE": "no suffix",
     }.items():
         write(f"docs/{name}", content)
+    (tmp_path / "docs/linked").symlink_to(write("elsewhere/j.txt", "j").parent)  # it is not followed
     got = read(tmp_path / "docs")
     assert [r[:3] for r in got.records] == [
         ("docs/a.txt", "a", "line one\nline two\n"), ("docs/b.md", "B", "# B\n\nbody\n"),
         ("docs/d/e.Markdown", "e", "[link](x)"), ("docs/d/f.text", "f", "{ prose"), ("docs/d/g.txt:1", "", "g1"),
         ("g", "", "g2"), ("docs/d/h.JSON:1", "", "h1"), ("docs/d/i.csv:2", "", "i1"),
         ("docs/d/v1.2 notes.TXT", "v1.2 notes", "wide"), ("docs/deep/c.txt.gz", "c", "zipped")]
-    assert got.records[0].where == str(tmp_path / "docs" / "a.txt") and got.ignored == 4
+    assert got.records[0].where == str(tmp_path / "docs" / "a.txt") and got.ignored == 5
     told = capsys.readouterr().err
-    assert told.startswith("files of other kinds, not read: 4 (") and "LICENSE" in told and told.count("\n") == 1
+    assert told.startswith("files of other kinds, not read: 5 (") and "LICENSE" in told and told.count("\n") == 1
 
 
 FAULTY = {"a.txt": b"ab\ncd\xff", "c.jsonl": b'{"text": "one"}\n{"x": 1}\n', "d.json": b'{"name": "x"}',

@@ -65,7 +65,7 @@ def test_over_stdio_the_tools_give_what_the_commands_give(tiny, done, change, tm
             assert search.content[0].text == "[1] bells\nSmiths in the valley cast bells."
             wrong = await client.call_tool("search", {"question": QUESTION, "where": "year >= 1990"})
             assert wrong.is_error and wrong.content[0].text.startswith("where: no passage has a field 'year'")
-            change(folder, [{"id": "gate", "text": "Smiths cast bells by the gate."}], add=True)
+            change(folder, [{"id": "gate", "text": "Smiths cast bells by the gate.", "by": "half \ud83d"}], add=True)
             both = await client.call_tool("search", {"question": QUESTION})
             assert {p["id"] for p in both.structured_content["passages"]} == {"bells", "gate"}
 

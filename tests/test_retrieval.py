@@ -398,9 +398,11 @@ def test_a_filter_golden_and_one_that_cannot_be_read(tmp_path, build, refused):
 
 
 @pytest.mark.parametrize(("where", "found"), [
-    ("page = 9", "ab"), ("page = 10", "bc"), ("page >= 10", "bc"), ("page < 9", ""), ("heading = Oars", "b")])
+    ("page = 9", "ab"), ("page = 10", "bc"), ("page >= 10", "bc"), ("page < 9", ""), ("heading = Oars", "b"),
+    ("code = 12", "b"), ("code = 1_2", "a"), ("code != 12", "ac")])  # neither 1_2 nor what no float holds is a number
 def test_a_passage_is_on_the_page_it_begins_on_and_on_that_it_ends_on(where, found):
-    facts = [{"page": 9}, {"page": 9, "last_page": 10, "heading": "Boats", "last_heading": "Oars"}, {"page": 10}]
+    facts = [{"page": 9, "code": "1_2"}, {"page": 9, "last_page": 10, "heading": "Boats", "last_heading": "Oars",
+                                          "code": 12}, {"page": 10, "code": 10**400}]
     allowed = refrag.Filter(3, lambda column: map(json.dumps, facts)).allowed(where)
     assert "".join(np.array([*"abc"])[allowed]) == found
 

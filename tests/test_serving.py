@@ -65,7 +65,7 @@ class TestTopic:
 
 BELLS, GATE = "Smiths in the valley cast bells.", "Smiths cast bells by the old gate."
 BEFORE = [{"id": "bells", "text": BELLS}, {"id": "rhone", "text": "The Rhone floods in May."}]
-AFTER = [{"id": "bells", "text": GATE}]
+AFTER = [{"id": "bells", "text": GATE, "by": "half \ud83d"}]
 
 
 @pytest.fixture

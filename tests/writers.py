@@ -33,7 +33,7 @@ ASKED = [("Where do smiths cast bells?", "the valley", "b"), ("Who wrote the not
 def write_rows(path: Path, rows: Sequence[dict]) -> Path:
     """Write each row as a line of JSON; returns the path."""
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
