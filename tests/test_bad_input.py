@@ -362,14 +362,6 @@ def test_align_shows_all_of_any_text(run, done, command, text):
     assert text.strip() or (result["encoder_tokens"], result["anchors"]) == (0, 0)
 
 
-@pytest.mark.parametrize("phase", ["cpt_align", "cpt_recon", "cpt_next"])
-def test_one_token_over_several_chunks_of_a_separate_encoder(done, command, write, bert, phase):
-    """The encoder reads each letter of an unknown word as a token, the decoder has learned the word whole."""
-    texts = write("long.jsonl", [{"text": TEXTS[4] * 3}])
-    done(*command(phase, "--train_json", texts, "--eval_json", texts, "--enc", bert, "--train", "p", "--steps", 1,
-                  "--lora_r", 0))
-
-
 @pytest.mark.parametrize("wrong", [{}, {"positive_ids": None}, {"positive_ids": []}, {"positive_ids": ["c#1"]}],
                          ids=str)
 def test_questions_may_name_no_passage_or_a_piece_of_one(done, command, line, write, tmp_path, wrong):

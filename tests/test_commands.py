@@ -183,6 +183,7 @@ def test_flags_take_dashes_and_values_stay_as_they_are(argv, name, value):
     (["sft", "--rag_json", __file__, "--out_dir", "run", "--topk", "2", "--topk_min", "3"],
      "--topk_min 3 is more than --topk 2"),
     (["generate", "--resume", "--question", "q"], "--resume needs --out FILE"),
+    (["chat", "--prompt", "x"], "--prompt goes with generate"), (["chat", "--out", "x"], "--out goes with --questions"),
     (["align", "--text", "a\udcffb"], "half of a surrogate pair"),
     *((["serch"], told) for told in ("invalid choice: 'serch' (choose from 'index', 'search'",
                                      ": see python refrag.py --help\n")),

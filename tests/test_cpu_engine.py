@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CPU_HAS, INT_MM, SMALL, save_decoder
+from conftest import CPU_HAS, INT_MM, SMALL, disturb, save_decoder
 
 import refrag
 from refrag_extras import cpu_engine
@@ -43,14 +43,10 @@ def step_both(decoder, stepper, lengths, steps, room, alive=None):
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
 def stepped(request, tmp_path_factory, tokenizers):
-    """A decoder without and one with biases, here larger than zero."""
+    """A decoder without and one with biases, neither these nor the norms at their start."""
     folder = save_decoder(request.param, tmp_path_factory.mktemp("stepped"), tokenizers["bpe"])
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-        elif name.endswith("norm.weight"):
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    disturb(model)
     model.save_pretrained(folder)
     return folder
 

@@ -409,15 +409,14 @@ class TestModes:
         assert "no passage" not in out
 
 
-def generate(run, index_dir, llama, *more):
-    return run("generate", "--index_dir", index_dir, "--dec", llama, "--k", 4, "--max_new", 4, *FED, *more)
+@pytest.fixture
+def asking(index_dir, llama):
+    return ["generate", "--index_dir", index_dir, "--dec", llama, "--enc", "decoder:2", "--k", 4, "--max_new", 4]
 
 
 class TestCommand:
-    def test_result_has_the_promised_fields(self, run, index_dir, llama):
-        code, out, _ = generate(run, index_dir, llama, "--question", "What melts?", "--topk", 3, "--compare")
-        result = json.loads(out)
-        assert code == 0
+    def test_result_has_the_promised_fields(self, done, asking):
+        result = done(*asking, *FED, "--question", "What melts?", "--topk", 3, "--compare")
         assert {"question", "answer", "passages", "citations", "chunks", "metrics", "settings", "full",
                 "ttft_ratio"} <= result.keys()
         assert {"ttft_s", "ttit_s", "tokens_per_s", "new_tokens", "positions", "full_positions", "compression",
@@ -435,16 +434,16 @@ class TestCommand:
         assert result["ttft_ratio"] == pytest.approx(
             result["full"]["metrics"]["ttft_s"] / result["metrics"]["ttft_s"], abs=1e-3)
 
-    def test_ctx_max_drops_whole_passages_from_the_lowest_rank(self, run, index_dir, llama):
-        ask = ["--question", "What melts?", "--topk", 6]
-        everything = json.loads(generate(run, index_dir, llama, *ask)[1])
+    def test_ctx_max_drops_whole_passages_from_the_lowest_rank(self, done, asking):
+        ask = [*asking, *FED, "--question", "What melts?", "--topk", 6]
+        everything = done(*ask)
         limit = everything["metrics"]["context_tokens"] // 2
-        some = json.loads(generate(run, index_dir, llama, *ask, "--ctx_max", limit)[1])
+        some = done(*ask, "--ctx_max", limit)
         assert 0 < some["metrics"]["context_tokens"] <= limit
         assert some["dropped_passages"] == 6 - len(some["passages"]) > 0
         names = [[p["id"] for p in result["passages"]] for result in (some, everything)]
         assert names[0] == names[1][: len(names[0])]
-        none = json.loads(generate(run, index_dir, llama, *ask, "--mode", "none")[1])
+        none = done(*ask, "--mode", "none")
         assert none["passages"] == [] and none["metrics"]["context_tokens"] == 0
 
     def test_the_documents_of_a_prompt_and_its_chunks_are_shown(self, run, llama):
@@ -465,38 +464,35 @@ class TestCommand:
 
     @pytest.mark.parametrize(("before", "after", "new"), [
         ("ab", "xab", "x"), ("ab", "ba", ""), ("aab", "aaba", "a"), ("ab", "bcad", "cd")])
-    def test_resume_answers_what_was_not_asked_yet(self, run, write, index_dir, llama, tmp_path, before, after, new):
+    def test_resume_answers_what_was_not_asked_yet(self, done, asking, write, tmp_path, before, after, new):
         """Whatever ids they have: each letter is a question, and its id the number of its line."""
         out = tmp_path / "out.jsonl"
         for asked, more in ((before, []), (after, ["--resume"])):
             questions = write("questions.jsonl", [{"question": f"What is {name}?"} for name in asked])
-            assert generate(run, index_dir, llama, "--questions", questions, "--out", out, *more)[0] == 0
+            done(*asking, *FED, "--questions", questions, "--out", out, *more)
         lines = [json.loads(line) for line in out.read_text().splitlines()]
         assert [line["question"][8] for line in lines] == [*before, *new]
         assert len({line["id"] for line in lines}) == len(lines), "one that was taken is followed by -2"
 
-    def test_json_of_a_file_of_questions_is_one_object(self, run, write, index_dir, llama, tmp_path):
+    def test_json_of_a_file_of_questions_is_one_object(self, run, asking, write, tmp_path):
         """The lines go to --out; without --json a person reads the answers. Batches give the same ones."""
         questions = write("q.jsonl", [{"question": "Is it a?", "id": "a"}, {"question": "Is it b? " * 2, "id": "b"}])
         path, answers = tmp_path / "out.jsonl", []
         for more in ([], ["--out", path], ["--batch_size", 2]):
-            _, out, _ = generate(run, index_dir, llama, "--questions", questions, *more)
+            _, out, _ = run(*asking, *FED, "--questions", questions, *more)
             assert out.count("\n") == 1
             answers.append([(result["id"], result["answer"]) for result in json.loads(out)["results"]])
         assert [name for name, _ in answers[0]] == ["a", "b"] and answers == [answers[0]] * 3
         assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b"]
-        argv = ["generate", "--index_dir", index_dir, "--dec", llama, "--enc", "decoder:2", "--k", 4, "--max_new", 4,
-                "--questions", questions]
-        assert run(*argv, "--out", tmp_path / "other.jsonl")[1] == ""
-        code, out, err = run(*argv)
+        assert run(*asking, "--questions", questions, "--out", tmp_path / "other.jsonl")[1] == ""
+        code, out, err = run(*asking, "--questions", questions)
         assert code == 0 and out.startswith("Is it a?\n") and "\n\nIs it b?" in out and "{" not in out
         assert (out + err).count("the projector is untrained") == 1
 
-    def test_a_run_that_fails_is_one_object_too(self, run, write, index_dir, llama):
+    def test_a_run_that_fails_is_one_object_too(self, refused, asking, write):
         questions = write("questions.jsonl", [{"question": "a"}, {"question": "word " * 2100}])
         for more in (["--questions", questions], ["--question", "What melts?", "--max_new", 5000]):
-            code, out, err = generate(run, index_dir, llama, *more)
-            assert code == 2 and "window is 2048" in err and "window" in json.loads(out)["error"]["message"]
+            assert "window is 2048" in refused(2, *asking, *FED, *more)
 
     def test_by_default_a_shallow_decoder_lends_all_its_layers(self, run, any_decoder):
         argv = [*LITERAL, any_decoder, "--json"]
@@ -505,10 +501,10 @@ class TestCommand:
         assert run(*argv, "--enc", "decoder:4")[2] == "error: --enc decoder:4: the decoder has 3 layers\n"
 
 
-def test_a_pipeline_answers_as_the_command_does_and_names_what_is_no_option(run, index_dir, llama):
+def test_a_pipeline_answers_as_the_command_does_and_names_what_is_no_option(done, asking, index_dir, llama):
     pipeline = refrag.open_pipeline(index_dir, dec=str(llama), enc="decoder:2", compressed="feed", k=4, quiet=True)
     result = pipeline.answer("What melts?", p=0.5, max_new=4)
-    expected = json.loads(generate(run, index_dir, llama, "--question", "What melts?", "--p", 0.5)[1])
+    expected = done(*asking, *FED, "--question", "What melts?", "--p", 0.5)
     for timed in (result, expected):
         timed.pop("metrics")
     assert json.loads(json.dumps(result)) == expected

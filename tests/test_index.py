@@ -266,11 +266,15 @@ def test_an_inverted_file_is_trained_again_if_twice_as_large(tmp_path, change, m
     assert change(folder, FIELDS[299:], add=True)[1].manifest["trained"] == 700
 
 
-@pytest.mark.parametrize("overlap", [0, 8])
-def test_long_passages_are_split_and_nothing_is_lost(tmp_path, build, embedder, overlap):
-    """The embedder reads 64 tokens, so a piece with its title and the special tokens has no more than those."""
+@pytest.mark.parametrize(("overlap", "prompt"), [(0, ""), (8, ""), (0, "passage: ")])
+def test_long_passages_are_split_and_nothing_is_lost(tmp_path, build, embedder, overlap, prompt):
+    """The embedder reads 64 tokens: no more than those has a piece with its title, the special tokens and what some
+    embedders want before every text."""
+    folder = shutil.copytree(embedder, tmp_path / "model")
+    config = folder / "config_sentence_transformers.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prompts": {"document": prompt}}))
     rows = [{"id": "long", "title": "A title", "text": LONG}, {"id": "short", "text": "Short."}]
-    build("i", rows, "--overlap", overlap, "--max_passage_tokens", 64)
+    build("i", rows, "--overlap", overlap, "--max_passage_tokens", 64, "--embed_model", folder)
     *pieces, short = passages_of(tmp_path / "i")
     assert [p.id for p in pieces] == [f"long#{n}" for n in range(1, len(pieces) + 1)] and len(pieces) > 3
     assert {(p.document_id, p.title) for p in pieces} == {("long", "A title")}
@@ -281,21 +285,10 @@ def test_long_passages_are_split_and_nothing_is_lost(tmp_path, build, embedder, 
         assert place >= 0 and not LONG[at:place].strip(), (at, piece)
         at = place + len(piece.text)
     assert not LONG[at:].strip()
-    tokenizer = refrag.load_embedder(str(embedder), RUNTIME).tokenizer
-    assert all(len(tokenizer(p.content)["input_ids"]) <= 64 for p in pieces)
+    model = refrag.load_embedder(str(folder), RUNTIME)
+    assert model.prompt == prompt and max(len(model.tokenizer(prompt + p.content)["input_ids"]) for p in pieces) <= 64
     shared = [len(set(a.text.split()) & set(b.text.split())) for a, b in itertools.pairwise(pieces)]
     assert all(n == 0 for n in shared) if overlap == 0 else all(0 < n <= overlap for n in shared)
-
-
-def test_a_piece_fits_beside_the_embedders_prompt(tmp_path, build, embedder):
-    """Some embedders want "passage: " before every text; it takes tokens of the 64 that this one reads."""
-    folder = shutil.copytree(embedder, tmp_path / "model")
-    config = folder / "config_sentence_transformers.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"prompts": {"document": "passage: "}}))
-    build("i", [{"id": "long", "text": LONG}], "--embed_model", folder, "--max_passage_tokens", 64)
-    model = refrag.load_embedder(str(folder), RUNTIME)
-    assert model.prompt == "passage: "
-    assert max(len(model.tokenizer(model.prompt + p.content)["input_ids"]) for p in passages_of(tmp_path / "i")) <= 64
 
 
 def test_columns_are_mapped_and_read_only(index_dir):

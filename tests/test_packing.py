@@ -449,6 +449,9 @@ chunk_lists = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 16)), min_siz
 @example(chunks=[(0, 1)] * 100, percent=7, floor=0)  # .07 * 100 is 7.000000000000001
 @example(chunks=[(0, 1)] * 100, percent=29, floor=0)  # .29 * 100 is 28.999999999999996
 @example(chunks=[(0, 1)] * 100, percent=100, floor=0)
+@example(chunks=[(9, 4), (5, 1), (7, 5)], percent=60, floor=0)  # 6 of 10 may stay: 4; the second (5) does not fit
+@example(chunks=[(9, 4), (5, 1), (7, 5)], percent=1, floor=64)  # a short context is simply read
+@example(chunks=[(9, 4), (5, 1), (7, 5)], percent=0, floor=64)  # p = 0 expands nothing
 def test_selection_is_a_prefix_of_the_ranking_exact_and_maximal(chunks, percent, floor):
     """The best chunks stay text up to the first that exceeds the budget, which is `floor` at least while p > 0."""
     scores, tokens = (np.array(column) for column in zip(*chunks, strict=True))
@@ -458,13 +461,3 @@ def test_selection_is_a_prefix_of_the_ranking_exact_and_maximal(chunks, percent,
     order = np.argsort(-scores, kind="stable")
     fits = [total <= budget for total in np.cumsum(tokens[order]).tolist()]
     assert chosen[order].tolist() == [fits[0] or (percent > 0 and floor > 0), *fits[1:]]
-
-
-def test_selection_golden():
-    """Six of 10 tokens may stay: 4 by the best score; the second (5) does not fit, and ends it before the third."""
-    scores, tokens = np.array([0.9, 0.5, 0.7]), np.array([4, 1, 5])
-    assert refrag.select_chunks(scores, tokens, 0.6).tolist() == [True, False, False]
-    assert refrag.select_chunks(scores, tokens, 0.6, 9).tolist() == [True, False, True]
-    assert refrag.select_chunks(scores, tokens, 0.01, 64).all(), "a short context is simply read"
-    assert not refrag.select_chunks(scores, tokens, 0.0, 64).any(), "p = 0 expands nothing"
-    assert refrag.select_chunks(np.array([1.0, 2.0]), np.array([65, 65]), 0.05, 64).tolist() == [False, True]

@@ -75,11 +75,13 @@ def argv(tiny):
 
 @pytest.fixture
 def piped(run, argv, monkeypatch):
-    """Exit code, stdout and stderr of a conversation whose stdin is no terminal."""
+    """The turns of a conversation whose stdin is no terminal, and what it says on stderr."""
 
-    def converse(text, *more):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-        return run(*argv, *more)
+    def converse(stdin, *more):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
+        code, out, err = run(*argv, "--json", *more)
+        assert code == 0, err
+        return [json.loads(line) for line in out.splitlines()], err
 
     return converse
 
@@ -89,9 +91,7 @@ class TestPiped:
         saved = tmp_path / "talk.jsonl"
         text = (f"Where do smiths cast bells?\n\n  And where is it?\n/save {saved}\n/clear\nAnd where is it?\n/quit\n"
                 "never asked\n")
-        code, out, err = piped(text, "--json")
-        assert code == 0, err
-        turns = [json.loads(line) for line in out.splitlines()]
+        turns, err = piped(text)
         assert [turn["asked"] for turn in turns] == ["Where do smiths cast bells?", *["And where is it?"] * 2]
         topic = chat.names_in(turns[0]["answer"], answer=True) or ["Where do smiths cast bells"]
         assert turns[1]["question"] == f"And where is it ({', '.join(topic)})?"
@@ -104,9 +104,8 @@ class TestPiped:
         text = (f"{'why ' * 4000}\n/docs\n/nothing\n/p much\n/p 2\n/mode magic\n/save\n/save /nowhere/at/all\n/help\n"
                 "Where do smiths cast bells?\n/docs\n/history\n/mode full\n/p 1\nWhere do smiths cast bells?\n"
                 "/clear\n/history\n")
-        code, out, err = piped(text, "--json")
-        too_long, first, second = (json.loads(line) for line in out.splitlines())
-        assert code == 0 and too_long["error"]["code"] == 2 and too_long["error"]["message"] in err
+        (too_long, first, second), err = piped(text)
+        assert too_long["error"]["code"] == 2 and too_long["error"]["message"] in err
         assert first["answer"] and second["metrics"]["positions"] == second["metrics"]["full_positions"]
         assert second["settings"]["mode"] == "full"
         for told in ("error: /docs: nothing has been asked yet", "error: /nothing: no such command, see /help",
@@ -121,16 +120,14 @@ class TestPiped:
 
     def test_a_filter_holds_until_it_is_ended(self, piped):
         text = "Where do smiths cast bells?\n"
-        code, out, err = piped(f"/where\n/where year\n/where id = f\n{text}/where\n/where off\n{text}", "--json")
-        first, second = (json.loads(line) for line in out.splitlines())
-        assert code == 0
+        (first, second), err = piped(f"/where\n/where year\n/where id = f\n{text}/where\n/where off\n{text}")
         assert [p["id"] for p in first["passages"]] == ["f"] and first["settings"]["where"] == "id = f"
         assert len(second["passages"]) == 2 and second["settings"]["where"] is None
         said = [line for line in err.splitlines() if "where: " in line]
         assert said[0] == said[4] == "where: off" and said[2] == said[3] == "where: id = f"
         assert said[1].startswith("error: --where: cannot read 'year'")
 
-    def test_a_changed_index_counts_from_the_next_question_on(self, run, argv, change, tmp_path, monkeypatch):
+    def test_a_changed_index_counts_from_the_next_question_on(self, piped, change, tmp_path):
         folder = tmp_path / "followed"
 
         class Lines(io.StringIO):
@@ -140,17 +137,10 @@ class TestPiped:
                 yield "Where do smiths cast bells?\n"
 
         change(folder, BEFORE)
-        monkeypatch.setattr(sys, "stdin", Lines())
-        code, out, err = run(*argv, "--index_dir", folder, "--json")
-        first, second = (json.loads(line) for line in out.splitlines() if line.startswith("{"))
-        assert code == 0 and {p["text"] for p in first["passages"]} == {row["text"] for row in BEFORE}
+        (first, second), err = piped(Lines(), "--index_dir", folder)
+        assert {p["text"] for p in first["passages"]} == {row["text"] for row in BEFORE}
         assert [p["text"] for p in second["passages"]] == [GATE]
         assert err.count(f"{folder} has changed: 1 passages now") == 1
-
-    def test_options_that_are_not_for_a_conversation(self, piped):
-        for option, told in (("--prompt", "--prompt goes with generate"), ("--out", "--out goes with --questions")):
-            code, _, err = piped("", option, "x")
-            assert code == 2 and told in err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")

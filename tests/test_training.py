@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import RUNTIME, TEXTS, build, trained
+from conftest import CORPUS, RUNTIME, TEXTS, build, trained
 from safetensors.torch import load_file
 from writers import write_rows
 
@@ -414,11 +414,10 @@ GOLD = [0, 1, 5, 2]  # the text that answers each
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory, corpus, llama) -> Path:
+def words(tmp_path_factory, change) -> Path:
     """An index of the six texts by their words only."""
     folder = tmp_path_factory.mktemp("words") / "index"
-    argv = ["index", "--corpus", corpus, "--index_dir", folder, "--retriever", "bm25", "--dec", llama, "--quiet"]
-    assert refrag.main([str(a) for a in argv]) == 0
+    change(folder, CORPUS, "bm25")
     return folder
 
 

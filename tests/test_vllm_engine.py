@@ -23,10 +23,6 @@ TAKEN = {"model", "prompt_embeds", "max_tokens", "stream", "stop_token_ids", "re
          "seed", "top_k", "min_p", "repetition_penalty", "logprobs", "return_tokens_as_token_ids", "allowed_token_ids"}
 
 
-class Refusal(Exception):
-    pass
-
-
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
@@ -41,14 +37,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        try:
-            assert self.path == "/v1/completions" and body["model"] == "served" and body["return_token_ids"]
-            assert not body.keys() - TAKEN, "a field that vLLM does not know, or that the tests have not seen"
-            prompts = body["prompt_embeds"] if isinstance(body["prompt_embeds"], list) else [body["prompt_embeds"]]
-            prompts = [torch.load(io.BytesIO(base64.b64decode(one)), weights_only=True) for one in prompts]
-            self.server.check(prompts)
-        except Refusal as refusal:
-            return self.send(400, {"error": {"message": str(refusal)}})
+        assert self.path == "/v1/completions" and body["model"] == "served" and body["return_token_ids"]
+        assert not body.keys() - TAKEN, "a field that vLLM does not know, or that the tests have not seen"
+        prompts = body["prompt_embeds"] if isinstance(body["prompt_embeds"], list) else [body["prompt_embeds"]]
+        prompts = [torch.load(io.BytesIO(base64.b64decode(one)), weights_only=True) for one in prompts]
+        if refusal := self.server.refusal(prompts):
+            return self.send(400, {"error": {"message": refusal}})
         self.server.asked.append(body)
         if body.get("stream"):
             return self.stream(prompts[0], body)
@@ -75,12 +69,12 @@ class StandIn(ThreadingHTTPServer):
         self.listed = {}
         self.engine = f"vllm+http://127.0.0.1:{self.server_address[1]}"
 
-    def check(self, prompts):
+    def refusal(self, prompts):
         if not self.enabled:
-            raise Refusal("You must set `--enable-prompt-embeds` to input `prompt_embeds`.")
+            return "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
         width = self.decoder.config.hidden_size
         if any(one.shape[1] != width for one in prompts):
-            raise Refusal(f"`prompt_embeds` hidden_size {prompts[0].shape[1]} does not match the model's {width}.")
+            return f"`prompt_embeds` hidden_size {prompts[0].shape[1]} does not match the model's {width}."
 
     @torch.inference_mode()
     def logits(self, inputs):
