@@ -555,6 +555,8 @@ class ServeConfig(Options):
     writable: bool = opt(False, "let clients add files to the index; beyond this machine only with --api_key")
 
     def check(self) -> None:
+        require(re.fullmatch("[!-~]+", self.api_key or "-") is not None,
+                "--api_key: letters, digits and signs of ASCII alone: clients could not send it otherwise")
         for origin in self.cors:
             require(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin) is not None,
                     f"--cors {origin}: an origin is a scheme and a host without a path")
@@ -1302,7 +1304,7 @@ def check_string(value: Any, name: str, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRecord(f"{where}: {name} holds half of a surrogate pair") from None
+        raise BadRecord(f"{where}: {name} holds half of a surrogate pair, or no UTF-8") from None
     return value
 
 

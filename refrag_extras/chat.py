@@ -66,6 +66,11 @@ HELP = """/docs what was retrieved for the last question, compressed parts in [[
 /quit"""
 
 
+def tell(text: str) -> None:
+    """Show what a command asks for, which is no notice: also with --quiet."""
+    refrag.say(text, file=sys.stderr)
+
+
 class Chat:
     """A conversation: questions and commands in, answers on stdout, all else on stderr."""
 
@@ -73,7 +78,7 @@ class Chat:
         self.pipeline, self.settings, self.as_json = pipeline, pipeline.settings, as_json
         self.turns: list[dict[str, Any]] = []  # results, with `asked`: the question as it was typed
         self.commands = {"docs": self.show_docs, "history": self.show_history, "save": self.save,
-                         "help": lambda rest: refrag.notice(HELP), "clear": lambda rest: self.turns.clear(),
+                         "help": lambda rest: tell(HELP), "clear": lambda rest: self.turns.clear(),
                          **{name: functools.partial(self.change, name) for name in ("mode", "p", "where")}}
 
     def take(self, line: str) -> bool:
@@ -89,7 +94,7 @@ class Chat:
             elif line:
                 self.answer(line)
         except refrag.RefragError as error:
-            refrag.say(f"error: {error}", file=sys.stderr)
+            tell(f"error: {error}")
             if self.as_json and not line.startswith("/"):  # one object for each question
                 print(refrag.dumps({"error": {"code": error.code, "message": refrag.one_line(error)}}), flush=True)
         return True
@@ -131,12 +136,12 @@ class Chat:
             chunks = [c for c in last["chunks"] if c["passage_id"] == passage["id"]]
             shown = "".join(part if c["expanded"] else f"[[{part}]]" for c in chunks
                             if (part := content[c["start"] : c["end"]]))
-            refrag.notice(f"[{passage['rank']}] {passage['source']}: {sum(c['expanded'] for c in chunks)} of "
-                          f"{len(chunks)} chunks read as text\n{shown}\n")
+            tell(f"[{passage['rank']}] {passage['source']}: {sum(c['expanded'] for c in chunks)} of {len(chunks)} "
+                 f"chunks read as text\n{shown}\n")
 
     def show_history(self, rest: str) -> None:
         for number, turn in enumerate(self.turns, start=1):
-            refrag.notice(f"{number}. {turn['asked']}\n   {turn['answer']}")
+            tell(f"{number}. {turn['asked']}\n   {turn['answer']}")
 
     def change(self, name: str, rest: str) -> None:
         """Set an option to what was typed, and show it."""
@@ -147,7 +152,7 @@ class Chat:
                            "/mode: this chat was begun without an index")
             self.settings = settings
         value = getattr(self.settings, name)
-        refrag.notice(f"{name}: {'off' if value is None else value}")
+        tell(f"{name}: {'off' if value is None else value}")
 
     def save(self, rest: str) -> None:
         refrag.require(bool(rest), "/save: name a file")
@@ -155,7 +160,7 @@ class Chat:
             refrag.write_atomic(Path(rest).expanduser(), "".join(refrag.dumps(turn) + "\n" for turn in self.turns))
         except OSError as error:
             raise refrag.UserError(f"/save {rest}: {error.strerror or error}") from None
-        refrag.notice(f"{len(self.turns)} turns in {rest}")
+        tell(f"{len(self.turns)} turns in {rest}")
 
 
 def keep_history() -> None:
@@ -179,6 +184,7 @@ def keep_history() -> None:
 
 def run(*configs: Any) -> None:
     chat = Chat(answering(None, *configs), as_json=configs[-1].json)
+    sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused as a question, and no more
     if sys.stdin.isatty():
         chat.converse()
     else:

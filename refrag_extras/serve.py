@@ -166,7 +166,8 @@ class ChatForm(Form):
 
 class EmbeddingsForm(Form):
     model: str
-    input: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), BeforeValidator(listed)]
+    input: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=2048),
+                     BeforeValidator(listed)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int = None
 

@@ -97,7 +97,7 @@ class Uploads:
 
     async def post(self, request: Request) -> StreamingResponse:
         length = request.headers.get("content-length", "")
-        if not length.isdecimal():
+        if not length.isdecimal() or "transfer-encoding" in request.headers:  # which would count instead of it
             raise Refused(411, "the request must tell its length", "length_required")
         if int(length) > MOST_BYTES:
             raise Refused(413, f"the files have more than {MOST_BYTES >> 20} MB together", "too_large")
@@ -159,7 +159,7 @@ class Uploads:
                     yield {"stage": bar[1], "done": int(bar[2]), "total": int(bar[3])}
                 elif line.startswith("skipped: "):
                     skipped.append(line.removeprefix("skipped: ").replace(f"{self.folder.as_posix()}/", ""))
-            out = await process.stdout.read()
+            out = (await process.stdout.read()).decode().replace(f"{self.folder.as_posix()}/", "")
             code = await process.wait()
         finally:
             if process.returncode is None:  # the index stays the old one

@@ -126,7 +126,7 @@ BAD = [  # class, values that break a check, what the message tells
     (refrag.EvalConfig, {"resume": True}, "--out_dir"),
     *((refrag.GateDataConfig, {"out_dir": there}, "name a new folder") for there in (ROOT, __file__)),
     (refrag.AnchorConfig, {"text": ""}, "the text to align"),
-    (refrag.ServeConfig, {"api_key": ""}, "empty"),
+    (refrag.ServeConfig, {"api_key": ""}, "empty"), (refrag.ServeConfig, {"api_key": "secret\r"}, "ASCII alone"),
     *((refrag.RuntimeConfig, {"engine": bad}, "--engine must be one of auto, model, int8, int4, vllm+http://HOST:PORT")
       for bad in ("int2", "vllm", "vllm+http://", "vllm+http://host:1/v1")),
     *((refrag.ServeConfig, {"cors": ("https://a.b", bad)}, f"--cors {bad}: an origin is")

@@ -78,7 +78,9 @@ def piped(run, argv, monkeypatch):
     """The turns of a conversation whose stdin is no terminal, and what it says on stderr."""
 
     def converse(stdin, *more):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
+        if isinstance(stdin, str):
+            stdin = io.TextIOWrapper(io.BytesIO(stdin.encode(errors="surrogateescape")), "utf-8")
+        monkeypatch.setattr(sys, "stdin", stdin)
         code, out, err = run(*argv, "--json", *more)
         assert code == 0, err
         return [json.loads(line) for line in out.splitlines()], err
@@ -100,12 +102,13 @@ class TestPiped:
         assert [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()] == turns[:2]
 
     def test_commands_and_mistakes_end_nothing(self, piped, tmp_path):
-        """A question that cannot be answered has its object, too."""
-        text = (f"{'why ' * 4000}\n/docs\n/nothing\n/p much\n/p 2\n/mode magic\n/save\n/save /nowhere/at/all\n/help\n"
-                "Where do smiths cast bells?\n/docs\n/history\n/mode full\n/p 1\nWhere do smiths cast bells?\n"
+        """A question that cannot be answered has its object, too. --quiet hides nothing that was asked for."""
+        text = (f"{'why ' * 4000}\n\udcff?\n/docs\n/nothing\n/p much\n/p 2\n/mode magic\n/save\n/save /nowhere/at/all\n"
+                "/help\nWhere do smiths cast bells?\n/docs\n/history\n/mode full\n/p 1\nWhere do smiths cast bells?\n"
                 "/clear\n/history\n")
-        (too_long, first, second), err = piped(text)
+        (too_long, no_text, first, second), err = piped(text, "--quiet")
         assert too_long["error"]["code"] == 2 and too_long["error"]["message"] in err
+        assert no_text["error"]["message"].endswith("or no UTF-8")
         assert first["answer"] and second["metrics"]["positions"] == second["metrics"]["full_positions"]
         assert second["settings"]["mode"] == "full"
         for told in ("error: /docs: nothing has been asked yet", "error: /nothing: no such command, see /help",
@@ -130,14 +133,14 @@ class TestPiped:
     def test_a_changed_index_counts_from_the_next_question_on(self, piped, change, tmp_path):
         folder = tmp_path / "followed"
 
-        class Lines(io.StringIO):
+        class Lines(io.TextIOWrapper):
             def __iter__(self):
                 yield "Where do smiths cast bells?\n"
                 change(folder, AFTER, sync=True)
                 yield "Where do smiths cast bells?\n"
 
         change(folder, BEFORE)
-        (first, second), err = piped(Lines(), "--index_dir", folder)
+        (first, second), err = piped(Lines(io.BytesIO()), "--index_dir", folder)
         assert {p["text"] for p in first["passages"]} == {row["text"] for row in BEFORE}
         assert [p["text"] for p in second["passages"]] == [GATE]
         assert err.count(f"{folder} has changed: 1 passages now") == 1
@@ -436,8 +439,9 @@ class TestBadRequests:
 
     @pytest.mark.parametrize(("body", "param", "told"), [
         ({"input": ""}, "input[0]", "at least 1 character"), ({"input": []}, "input", "at least 1 item"),
-        ({"input": [1, "x"]}, "input[0]", "a valid string"), ({"input": [[5]]}, "input[0]", "a valid string"),
-        ({}, "input", "required"), ({"input": "x", "dimensions": 8}, "dimensions", "have 24"),
+        ({"input": ["x"] * 2049}, "input", "at most 2048"), ({"input": [1, "x"]}, "input[0]", "a valid string"),
+        ({"input": [[5]]}, "input[0]", "a valid string"), ({}, "input", "required"),
+        ({"input": "x", "dimensions": 8}, "dimensions", "have 24"),
         ({"input": "x", "encoding_format": "octal"}, "encoding_format", "'float' or 'base64'"),
         ({"input": ["x", "bells " * 63]}, "input", "an input has 65 tokens, more than the 64")],
         ids=lambda v: str(v)[:60])
@@ -504,8 +508,8 @@ class TestHostsAndOrigins:
 
     @pytest.mark.parametrize(("content", "headers", "status", "told"), [
         (b"", {"Content-Length": str((64 << 20) + 1)}, 413, "more than 64 MB"), (b"x", {}, 400, "field file"),
-        (None, {}, 411, "length"), (b"x", {"Content-Type": "multipart/form-data"}, 400, "boundary"),
-        *((name, {}, 400, told) for name, told in (
+        (None, {}, 411, "length"), (b"x", {"Content-Length": "1", "Transfer-Encoding": "chunked"}, 411, "length"),
+        (b"x", {"Content-Type": "multipart/form-data"}, 400, "boundary"), *((name, {}, 400, told) for name, told in (
             ("a/../b.md", "'a/../b.md' is no name"), (".notes.md", "no name"), ("a\\b.md", "no name"),
             ("a\u202eb.md", "no name"), ("a" * 201 + ".md", "too long"), ("two.md", "two files are called two.md"))),
         *((name, {}, 415, f"{name}: files of this kind") for name in ("a.exe", "a.md.gz", "md"))], ids=str)
@@ -727,6 +731,7 @@ def test_files_that_are_sent_become_part_of_the_index(start, change, server, tmp
     assert (told["added"], told["replaced_documents"], told["passages"]) == (2, 1, 3)
     assert len(told["skipped"]) == 1 and told["skipped"][0].startswith("c.pdf ")
     assert send(("c.pdf", b"%PDF-"))["error"]["message"].startswith("c.pdf ")
+    assert " at a.jsonl:1 and a.jsonl:2: " in send(("a.jsonl", record + b"\n" + record))["error"]["message"]
     found = writable.ask(refrag={"where": "year = 1896 or id = 'uploads/ä b.txt'"}).json()["refrag"]["passages"]
     assert {p["id"]: p["text"] for p in found} == {"bells": GATE, "uploads/ä b.txt": "Rice.\n\nIt grows."}
     assert writable.http.get("/v1/models/refrag").json()["passages"] == 3 and "Traceback" not in writable.said()
