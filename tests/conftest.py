@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach out
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import refrag
 from refrag_extras import cpu_engine
 from refrag_extras import index as writing
+from refrag_extras.corpus import read_corpus
 
 torch.set_num_threads(1)
 CPU_HAS = refrag.cpu_has
@@ -289,6 +291,17 @@ def tiny(index_dir, llama) -> list[str]:
     """Options with which the tiny models answer over the small index."""
     return ["--index_dir", str(index_dir), "--dec", str(llama), "--enc", "decoder:2", "--max_new", "6", "--topk", "2",
             "--compressed", "feed", "--p", "0.25", "--floor", "0", "--threads", "1"]
+
+
+def read_all(*paths: object, sources: dict[str, str] | None = None, **options: object) -> types.SimpleNamespace:
+    """Read a whole corpus: records, their ids and texts, the counts skipped, replaced and ignored, and the sources.
+
+    sources: those of earlier additions, with their labels.
+    """
+    counts, sources = {"skipped": 0, "replaced": 0}, dict(sources or {})
+    records = list(read_corpus(refrag.CorpusConfig(tuple(map(str, paths)), **options), counts, sources))
+    return types.SimpleNamespace(records=records, sources=sources, ids=[r.id for r in records],
+                                 texts=[r.text for r in records], **counts)
 
 
 def passages_of(folder):

@@ -154,6 +154,7 @@ OPTIONS = [  # command, options, message; the exit code is 2
     ("train_gate", "--p 0", "--p must"), ("train_gate", "--k 6", "chunks of 4 tokens do not make chunks of 6"),
     ("train_gate", "--rag_json nowhere.jsonl", "no such file"),
     ("eval", "--task retrieval --modes bm25 --retriever bm25", "use --modes"),
+    ("eval", "--task retrieval --modes dense --index_dir WORDS", "dense: the index at --index_dir holds only bm25"),
     ("eval", "--qa nowhere.jsonl", "no such file"),
     ("eval", "--modes cosine_gate --retriever bm25", "cosine_gate needs an embedder"),
     ("eval", "--index_dir nowhere", "no such folder"),
@@ -177,9 +178,10 @@ def command(line, index_dir, files, llama, bert, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "options", "told"), OPTIONS, ids=[f"{name} {o}" for name, o, _ in OPTIONS])
-def test_a_bad_option_is_refused_before_anything_is_made(refused, command, tmp_path, name, options, told):
+def test_a_bad_option_is_refused_before_anything_is_made(refused, command, finished, tmp_path, name, options, told):
     """And, unless it takes the models to see it, before they are looked for."""
-    words = [str(tmp_path) if word == "TMP" else word for word in re.split(" (?=[-\\w/.])", options) if word]
+    words = [word for word in re.split(" (?=[-\\w/.])", options) if word]
+    words = [tmp_path if word == "TMP" else finished.old("words") if word == "WORDS" else word for word in words]
     nowhere = ["--dec", NOWHERE] if name not in ("search", "doctor") and not options.startswith(LATE) else []
     assert told in refused(2, *command(name, *nowhere, *words))
     assert not (tmp_path / "out").exists()

@@ -10,32 +10,21 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from conftest import read_all
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import refrag
 from refrag_extras import generate
-from refrag_extras.corpus import Record, read_corpus, split_spans
+from refrag_extras.corpus import Record, split_spans
 
 BOM = b"\xef\xbb\xbf"
 CJK = "\u957f\u6c5f"
 
 
-def read(*paths: object, sources: dict[str, str] | None = None, **options: object) -> SimpleNamespace:
-    """Read a whole corpus: records, their ids and texts, the counts skipped, replaced and ignored, and the sources.
-
-    sources: those of earlier additions, with their labels.
-    """
-    counts, sources = {"skipped": 0, "replaced": 0}, dict(sources or {})
-    records = list(read_corpus(refrag.CorpusConfig(tuple(map(str, paths)), **options), counts, sources))
-    return SimpleNamespace(records=records, sources=sources, ids=[r.id for r in records],
-                           texts=[r.text for r in records], **counts)
-
-
-def fault(*paths: object, by: Callable = read, **options: object) -> str:
+def fault(*paths: object, by: Callable = read_all, **options: object) -> str:
     with pytest.raises(refrag.UserError) as caught:
         by(*paths, **options)
     return str(caught.value)
@@ -55,7 +44,7 @@ def stdin(monkeypatch):
 
 @pytest.mark.parametrize("name", ["c.txt", "c.txt.gz"])
 def test_text_lines_are_passages_with_file_and_line_as_ids(write, tmp_path, name):
-    got = read(write(name, f"one\n\n  \t \nfour {CJK}\n"))
+    got = read_all(write(name, f"one\n\n  \t \nfour {CJK}\n"))
     assert got.records == [Record(f"{name}:{line}", "", text, f"{tmp_path / name}:{line}", {"path": name})
                            for line, text in ((1, "one"), (4, f"four {CJK}"))]
     assert (got.skipped, got.replaced) == (0, 0)
@@ -66,7 +55,7 @@ def test_text_lines_are_passages_with_file_and_line_as_ids(write, tmp_path, name
     (BOM + b"a\n" + BOM + b"b\n", ["a", "\ufeffb"]),  # a mark is removed from the start only
     *((f"a{separator}b\nc".encode(), [f"a{separator}b", "c"]) for separator in "\u2028\x85\x0b\x0c")])
 def test_marks_and_line_ends_are_no_text_and_only_a_newline_ends_a_line(write, content, texts):
-    assert read(write("c.txt", content)).texts == texts
+    assert read_all(write("c.txt", content)).texts == texts
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\ufeff")), max_size=8))
@@ -90,7 +79,7 @@ def utf16(text: str) -> tuple[bytes, bytes]:
 def test_the_limit_counts_records_over_all_files_and_leaves_the_rest_unread(write, tmp_path):
     """A hidden folder that is named is read, and a folder goes with files."""
     write(".notes/a.txt", BOM + b"whole\ndocument\n")
-    got = read(tmp_path / ".notes", write("a.txt", "1\n\n2\n"), write("b.txt", b"3\n\xff\n"), limit=4)
+    got = read_all(tmp_path / ".notes", write("a.txt", "1\n\n2\n"), write("b.txt", b"3\n\xff\n"), limit=4)
     assert got.ids == [".notes/a.txt", "a.txt:1", "a.txt:3", "b.txt:1"] and got.texts[0] == "whole\ndocument\n"
 
 
@@ -98,7 +87,7 @@ def test_the_limit_counts_records_over_all_files_and_leaves_the_rest_unread(writ
 def test_json_lines_under_any_name(write, name):
     rows = [{"id": "a", "title": "A", "text": f"one {CJK}\U0001f600\nsecond line"}, {"text": "no id"},
             {"id": 7, "title": None, "text": " spaces stay ", "extra": [1]}]
-    got = read(write(name, BOM + "\r\n".join(map(json.dumps, rows)).encode()))
+    got = read_all(write(name, BOM + "\r\n".join(map(json.dumps, rows)).encode()))
     assert [r[:3] for r in got.records] == [
         ("a", "A", f"one {CJK}\U0001f600\nsecond line"), (f"{name}:2", "", "no id"), ("7", "", " spaces stay ")]
     assert [r.metadata for r in got.records] == [{"path": name}, {"path": name}, {"path": name, "extra": [1]}]
@@ -121,7 +110,7 @@ def test_a_bad_record_is_refused_with_file_and_line_or_skipped_and_counted(write
     path = write("c.jsonl", f'{{"text": "good"}}\n\n{line}\n{{"text": "last"}}\n')
     for errors in ("strict", "replace"):
         assert fault(path, errors=errors).startswith(f"{path}:3: {told}")
-    got = read(path, errors="skip")
+    got = read_all(path, errors="skip")
     assert (got.texts, got.skipped, got.replaced) == (["good", "last"], 1, 0)
 
 
@@ -142,14 +131,14 @@ def test_invalid_utf8_is_refused_with_its_line(write, name, before, bad):
 
 def test_invalid_utf8_is_replaced_or_skipped_and_counted_by_line(write, tmp_path):
     path = write("c.txt", b"good\nb\xffd \xfe\nx\xff\nlast")
-    got = read(path, errors="replace")
+    got = read_all(path, errors="replace")
     assert got.texts == ["good", "b\ufffdd \ufffd", "x\ufffd", "last"]
     assert (got.ids, got.skipped, got.replaced) == ([f"c.txt:{n}" for n in (1, 2, 3, 4)], 0, 2)
-    got = read(path, errors="skip")
+    got = read_all(path, errors="skip")
     assert (got.texts, got.ids, got.skipped, got.replaced) == (["good", "last"], ["c.txt:1", "c.txt:4"], 2, 0)
     write("docs/a.txt", b"ab\ncd\xff\xff")
     write("docs/b.txt", b"good")
-    got, left = (read(tmp_path / "docs", errors=errors) for errors in ("replace", "skip"))
+    got, left = (read_all(tmp_path / "docs", errors=errors) for errors in ("replace", "skip"))
     assert (got.texts, got.replaced, left.texts, left.skipped) == (["ab\ncd\ufffd\ufffd", "good"], 1, ["good"], 1)
 
 
@@ -159,9 +148,9 @@ def test_invalid_utf16_is_refused_skipped_or_replaced(write, name, order, half):
     """Half of a surrogate pair in the second line of three, and a last byte too many."""
     path = write(name, utf16("one\nb")[order] + half + utf16("c\nlast")[order][2:] + b"\x61")
     assert re.search(f"{name}:2: invalid UTF-16-.E: fix it", fault(path))
-    got = read(path, errors="skip")
+    got = read_all(path, errors="skip")
     assert (got.texts, got.skipped, got.replaced) == ([], 1, 0)
-    got = read(path, errors="replace")
+    got = read_all(path, errors="replace")
     assert (got.ids, got.skipped, got.replaced) == ([f"{name}:{n}" for n in (1, 2, 3)], 0, 1)
     assert got.texts[0] == "one" and got.texts[1].startswith("b\ufffd") and got.texts[2] == "last\ufffd"
 
@@ -183,7 +172,7 @@ def test_a_damaged_gzip_file_is_corrupt(tmp_path):
     for how in ("truncated", "plain", "checksum", "length", "stream"):
         (tmp_path / f"{how}.txt.gz").write_bytes(damaged_gzip(how))
         with pytest.raises(refrag.CorruptError, match=rf"{how}\.txt\.gz: not a complete gzip file"):
-            read(tmp_path / f"{how}.txt.gz")
+            read_all(tmp_path / f"{how}.txt.gz")
 
 
 RECORDS = [{"id": "a", "text": "one\n\ntwo", "year": 1990}, {"contents": "three"}]
@@ -192,17 +181,17 @@ RECORDS = [{"id": "a", "text": "one\n\ntwo", "year": 1990}, {"contents": "three"
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("name", ["c.json", "c.txt", "c.JSON.gz"])
 def test_an_array_of_objects_or_one_object(write, name, indent):
-    got = read(write(name, BOM + json.dumps(RECORDS, indent=indent).encode()))
+    got = read_all(write(name, BOM + json.dumps(RECORDS, indent=indent).encode()))
     assert [(r.id, r.text, r.metadata) for r in got.records] == [
         ("a", "one\n\ntwo", {"path": name, "year": 1990}), (f"{name}:2", "three", {"path": name})]
-    assert read(write("one.json", json.dumps(RECORDS[0], indent=indent))).records[0] == got.records[0]._replace(
+    assert read_all(write("one.json", json.dumps(RECORDS[0], indent=indent))).records[0] == got.records[0]._replace(
         where=str(write("one.json", "x")) + ":1", metadata={"path": "one.json", "year": 1990})
 
 
 def test_prose_that_begins_like_json_stays_prose_unless_a_suffix_calls_it_json(write):
     for text in ("{ is a brace", "[1] Smith, J.: On bells", "[![badge](a.svg)](b)\n# Title", '{"half": "an object"',
                  "[1, 2]", "[]x", '"text": 1', "null", "{}x"):
-        assert read(write("c.txt", f"{text}\nmore\n")).texts == [*text.split("\n"), "more"]
+        assert read_all(write("c.txt", f"{text}\nmore\n")).texts == [*text.split("\n"), "more"]
     for text, told in (("{ broken\n", ":1: malformed JSON"), ("plain\n", ":1: malformed JSON"),
                        ('["a", "b"]', ":1: expected a JSON object, got str"),
                        ('[{"text": "a"}, 3]', ":2: expected a JSON"), ('[{"text": "a"}, {"x": 1}]', ":2: no text")):
@@ -218,7 +207,7 @@ def test_prose_that_begins_like_json_stays_prose_unless_a_suffix_calls_it_json(w
     ({"text": "b", "metadata": {"page": 3, "url": "u"}, "url": "v"}, "c.jsonl:1", "b", {"page": 3, "url": "v"}),
     ({"text": "b", "metadata": "m", "half": "\ud800"}, "c.jsonl:1", "b", {"metadata": "m", "half": "\ud800"})])
 def test_the_fields_of_a_record(write, record, identifier, text, metadata):
-    [got] = read(write("c.jsonl", json.dumps(record))).records
+    [got] = read_all(write("c.jsonl", json.dumps(record))).records
     assert (got.id, got.text) == (identifier, text)
     assert got.metadata == {"path": "c.jsonl"} | metadata
 
@@ -227,7 +216,7 @@ def test_the_fields_of_a_record(write, record, identifier, text, metadata):
 def test_a_table_with_a_header(write, name, separator):
     rows = ["year", "Title", "TEXT", "_id"], ["1990", "A", '"a, b; ""c""\n\n\td"', "x"], [], ["", "", "last"]
     text = "\r\n".join(separator.join(row) for row in rows)
-    got = read(write(name, BOM + text.encode()))
+    got = read_all(write(name, BOM + text.encode()))
     assert [(r.id, r.title, r.text.replace("\r", ""), r.where[-2:]) for r in got.records] == [
         ("x", "A", 'a, b; "c"\n\n\td', ":2"), (f"{name}:6", "", "last", ":6")]
     assert [r.metadata for r in got.records] == [{"path": name, "year": "1990"}, {"path": name}]
@@ -238,7 +227,7 @@ def test_a_table_with_a_header(write, name, separator):
     ("c.tsv", "text\nHello, world\n", "Hello, world"),  # only a tab separates
     ("c.csv", utf16("text;n\r\n\u00e4\u0a0d;1\r\n")[0], "\u00e4\u0a0d")])  # as spreadsheets write it
 def test_a_cell_is_read(write, name, content, text):
-    assert read(write(name, content)).texts == [text]
+    assert read_all(write(name, content)).texts == [text]
 
 
 def test_a_table_that_can_not_be_read_and_bad_rows_of_one(write):
@@ -248,7 +237,7 @@ def test_a_table_that_can_not_be_read_and_bad_rows_of_one(write):
                        ('text,n\na,1\nb, with a comma,2\n,3\n"two" bad,4\nd,5\n', ":3: 3 cells, but the header")):
         path = write("c.csv", text)
         assert fault(path).startswith(f"{path}{told}"), text
-    got = read(path, errors="skip")
+    got = read_all(path, errors="skip")
     assert (got.texts, got.ids, got.skipped) == (["a", "d"], ["c.csv:2", "c.csv:6"], 3)
 
 
@@ -260,7 +249,7 @@ def test_a_table_that_can_not_be_read_and_bad_rows_of_one(write):
 def test_ids_begin_with_as_much_of_the_path_as_tells_files_apart(write, tmp_path, named, inside, ids):
     for name, file in zip(named, inside, strict=True):
         write(f"{name}/{file}".rstrip("/"), "x\n")
-    assert read(*(tmp_path / name for name in named)).ids == ids
+    assert read_all(*(tmp_path / name for name in named)).ids == ids
 
 
 def test_a_folder_holds_a_document_per_text_file_and_records(write, tmp_path, capsys):
@@ -273,7 +262,7 @@ def test_a_folder_holds_a_document_per_text_file_and_records(write, tmp_path, ca
     }.items():
         write(f"docs/{name}", content)
     (tmp_path / "docs/linked").symlink_to(write("elsewhere/j.txt", "j").parent)  # it is not followed
-    got = read(tmp_path / "docs")
+    got = read_all(tmp_path / "docs")
     assert [r[:3] for r in got.records] == [
         ("docs/a.txt", "a", "line one\nline two\n"), ("docs/b.md", "B", "# B\n\nbody\n"),
         ("docs/d/e.Markdown", "e", "[link](x)"), ("docs/d/f.text", "f", "{ prose"), ("docs/d/g.txt:1", "", "g1"),
@@ -296,12 +285,12 @@ def test_a_fault_in_a_folder_takes_neither_its_file_nor_the_others_with_it(write
     path = write(f"docs/{name}", FAULTY[name])
     path.write_bytes(FAULTY[name] or damaged_gzip("checksum"))
     write("docs/b.txt", b"good")
-    got = read(tmp_path / "docs")
+    got = read_all(tmp_path / "docs")
     assert (got.texts, got.skipped, got.replaced) == (sorted(["good", *GOOD_IN.get(name, [])]), 1, 0)
     told = capsys.readouterr().err
     assert told.startswith(f"skipped: {path}") and told.count("\n") == 1
     with pytest.raises(refrag.RefragError, match=re.escape(str(path))):
-        read(path)
+        read_all(path)
 
 
 def test_skipping_keeps_what_can_be_read(write, tmp_path, capsys):
@@ -309,12 +298,12 @@ def test_skipping_keeps_what_can_be_read(write, tmp_path, capsys):
     write("docs/c.jsonl", FAULTY["c.jsonl"])
     path = tmp_path / "cut.txt.gz"
     path.write_bytes(damaged_gzip("truncated"))
-    got = read(tmp_path / "docs", path, write("last.txt", "last"), errors="skip")
+    got = read_all(tmp_path / "docs", path, write("last.txt", "last"), errors="skip")
     assert got.texts[:2] == ["one", "passage 0"] and got.texts[-1] == "last" and got.skipped == 2
     first, second = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"skipped: \S*c\.jsonl:2: no text .*", first)
     assert re.fullmatch(r"skipped: \S*cut\.txt\.gz: not a complete gzip .*", second)
-    assert read(write("many.jsonl", b'{"x": 1}\n' * 50), errors="skip").skipped == 50
+    assert read_all(write("many.jsonl", b'{"x": 1}\n' * 50), errors="skip").skipped == 50
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 11 and all(line.startswith("skipped: ") for line in told)
     assert ":10: no text" in told[9] and told[10].endswith("more")
@@ -325,7 +314,7 @@ def test_a_file_without_permission_is_left_out(write, tmp_path, capsys, monkeypa
     secret, open_file = write("docs/a.txt", b"secret"), Path.open
     monkeypatch.setattr(Path, "open", lambda path, *args: open_file(path, *args) if path != secret else (
         _ for _ in ()).throw(PermissionError(13, "Permission denied", str(path))))
-    assert read(tmp_path / "docs").texts == ["good"] and "Permission denied" in capsys.readouterr().err
+    assert read_all(tmp_path / "docs").texts == ["good"] and "Permission denied" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("content", "found"), [
@@ -335,10 +324,10 @@ def test_a_file_without_permission_is_left_out(write, tmp_path, capsys, monkeypa
       for start in (b"", BOM, b"\n \n"))])
 def test_standard_input(stdin, content, found):
     stdin(content)
-    first = read("-")
+    first = read_all("-")
     assert dict(zip(first.ids, first.texts, strict=True)) == found
     stdin(b"two\n")
-    assert read("-", sources=first.sources).ids == ["stdin-2:1"]
+    assert read_all("-", sources=first.sources).ids == ["stdin-2:1"]
     stdin(b'{"id": "a", "text": "one"}\nbroken\n')
     assert fault("-").startswith("stdin:2: malformed JSON")
 
@@ -441,17 +430,17 @@ def test_a_part_of_a_folder_is_read_once_in_any_order_and_keeps_its_ids(write, t
     write("docs/a.txt", "one\ntwo")
     write("docs/sub/b.md", "three")
     monkeypatch.chdir(tmp_path)
-    whole, inner, here = read("docs"), read("docs/sub"), read(".")
+    whole, inner, here = read_all("docs"), read_all("docs/sub"), read_all(".")
     assert (whole.ids, whole.texts, inner.ids) == (["docs/a.txt", "docs/sub/b.md"], ["one\ntwo", "three"], ["sub/b.md"])
     for names in (("docs", "docs/sub"), ("docs/sub", "docs"), ("docs/sub/b.md", "docs"), ("docs", "docs/a.txt"),
                   ("docs", tmp_path / "docs/a.txt")):
-        assert sorted(read(*names).ids) == whole.ids, names
-    assert read(".", "docs/a.txt").ids == here.ids
+        assert sorted(read_all(*names).ids) == whole.ids, names
+    assert read_all(".", "docs/a.txt").ids == here.ids
     for part, known, row in (("docs/a.txt", whole, 0), (tmp_path / "docs/a.txt", whole, 0), ("docs/a.txt", here, 0),
                              ("docs/sub", whole, 1)):
-        later = read(part, sources=known.sources)
+        later = read_all(part, sources=known.sources)
         assert (later.ids, later.texts, later.sources) == ([known.ids[row]], [known.texts[row]], known.sources)
-    assert sorted(read("docs", sources=inner.sources).ids) == ["docs/a.txt", "sub/b.md"]
+    assert sorted(read_all("docs", sources=inner.sources).ids) == ["docs/a.txt", "sub/b.md"]
 
 
 def test_a_file_that_is_no_text_is_refused_whatever_its_name(write):
@@ -467,7 +456,7 @@ def test_names_that_are_no_utf8(tmp_path):
     for folder in (tmp_path, tmp_path / "docs"):
         with open(os.fsencode(folder) + b"/caf\xe9.txt", "w") as handle:
             handle.write("one")
-    [document] = read(tmp_path / "docs").records
+    [document] = read_all(tmp_path / "docs").records
     assert (document.id, document.title, document.text) == ("docs/caf\ufffd.txt", "caf\ufffd", "one")
-    [line] = read(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).records
+    [line] = read_all(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).records
     assert line.where.encode() and line.where.endswith("caf\ufffd.txt:1")

@@ -5,14 +5,12 @@ import json
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from conftest import read_all
+from writers import ROOT
 
-import refrag
-from refrag_extras.corpus import read_corpus
-
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = ROOT / "data"
 SIZES = {"small": 500, "medium": 2000, "large": 3000}
 GENERATED = [*(f"corpus_{name}.txt" for name in SIZES), "rag_train.jsonl", "cpt_train.jsonl"]
 NAMED_ONCE = ("city", "river", "alloy", "surname", "university", "event", "place")  # all but the region
@@ -59,8 +57,7 @@ def test_corpora_are_generated_again_have_their_sizes_are_prefixes_and_repeat_no
 
 def test_every_answer_occurs_in_its_passage(corpora):
     """Which the index knows by the id that the question names. They begin with the small corpus and spread evenly."""
-    config, counts = refrag.CorpusConfig((str(DATA / "corpus_large.txt"),)), {"skipped": 0, "replaced": 0}
-    known = {record.id: record.text for record in read_corpus(config, counts)}
+    known = {record.id: record.text for record in read_all(DATA / "corpus_large.txt").records}
     questions = read_jsonl(DATA / "rag_train.jsonl")
     assert len(questions) == len({q["id"] for q in questions}) == len({q["question"] for q in questions}) == 1200
     lines = []

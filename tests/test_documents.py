@@ -10,10 +10,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import read_all
 
 import refrag
 from refrag_extras import documents, index
-from refrag_extras.corpus import Record, read_corpus
+from refrag_extras.corpus import Record
 
 RIVER, BELLS, NOTES = "The Rhone leaves Lake Geneva.", "Smiths in the valley cast bells.", "Ada wrote the notes."
 OFFICE = "http://schemas.openxmlformats.org"
@@ -132,14 +133,9 @@ FILES = {
 }
 
 
-def read(*paths: object, **options: object) -> tuple[list[Record], dict[str, int]]:
-    counts = {"skipped": 0, "replaced": 0}
-    return list(read_corpus(refrag.CorpusConfig(tuple(map(str, paths)), **options), counts)), counts
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_a_document_says_where_each_part_of_it_begins(write, name):
-    [[got], _] = read(write(name, FILES[name]))
+    [got] = read_all(write(name, FILES[name])).records
     assert (got.id, got.title, got.metadata["path"]) == (name, "Of rivers and bells", name)
     ends = [place for place, _ in got.marks[1:]] + [len(got.text)]
     parts = {next(iter(facts.values())): got.text[start:end]
@@ -159,22 +155,22 @@ def test_a_document_says_where_each_part_of_it_begins(write, name):
 
 
 def test_the_lines_of_a_page_end_as_in_any_text_and_warnings_stay_inside(write, capfd, recwarn):
-    assert read(write("a.pdf", pdf("one) Tj 0 -20 Td (two")))[0][0].text == "one\ntwo\n\n"
-    found, _ = read(write("feed.html", '<?xml version="1.0"?><feed><p>text</p></feed>'))
-    assert found[0].text == "text" and capfd.readouterr() == ("", "") and not recwarn.list
-    half = read(write("half.html", PAGE[: PAGE.index("More")]))[0][0]  # nothing in HTML says where it should end
-    assert RIVER in half.text
+    assert read_all(write("a.pdf", pdf("one) Tj 0 -20 Td (two"))).texts == ["one\ntwo\n\n"]
+    found = read_all(write("feed.html", '<?xml version="1.0"?><feed><p>text</p></feed>'))
+    assert found.texts == ["text"] and capfd.readouterr() == ("", "") and not recwarn.list
+    [half] = read_all(write("half.html", PAGE[: PAGE.index("More")])).texts  # HTML does not say where it should end
+    assert RIVER in half
 
 
 def test_a_zipped_document_small_and_large_letters_and_a_title_that_says_nothing(write):
     write("docs/a.PDF.gz", gzip.compress(FILES["a.pdf"]))
     write("docs/b.Html", PAGE)
-    found, _ = read(write("docs/c.txt", "text").parent)
+    found = read_all(write("docs/c.txt", "text").parent).records
     assert [(r.id, r.title) for r in found] == [("docs/a.PDF.gz", "Of rivers and bells"),
                                                 ("docs/b.Html", "Of rivers\n and bells".replace("\n", "")),
                                                 ("docs/c.txt", "c")]
     for title in ("", " ", "Untitled 1", "Microsoft Word - draft.doc", "report.docx"):
-        assert read(write("rivers.pdf", pdf(RIVER, title=title)))[0][0].title == "rivers", title
+        assert read_all(write("rivers.pdf", pdf(RIVER, title=title))).records[0].title == "rivers", title
 
 
 @pytest.mark.parametrize(("text", "headings"), [
@@ -242,13 +238,13 @@ def test_a_broken_document_is_named_and_skipped_or_ends_the_run(write, name, cap
     content, code, told = BROKEN[name]
     path, good = write(f"docs/{name}", content), write("docs/z.pdf", FILES["a.pdf"])
     with pytest.raises(refrag.RefragError, match=re.escape(told)) as caught:
-        read(path)
+        read_all(path)
     assert caught.value.code == code and str(path) in str(caught.value) and len(str(caught.value)) < 400
     for paths, options in (((path.parent,), {}), ((path, good), {"errors": "skip"})):
         capsys.readouterr()
-        found, counts = read(*paths, **options)
+        found = read_all(*paths, **options)
         err = capsys.readouterr().err
-        assert ([Path(r.id).name for r in found], counts["skipped"]) == (["z.pdf"], 1)
+        assert ([Path(name).name for name in found.ids], found.skipped) == (["z.pdf"], 1)
         assert err.startswith(f"skipped: {path}") and told in err and err.count("\n") == 1
 
 
@@ -257,8 +253,8 @@ def test_without_the_extra_a_folder_names_what_it_lacks(write, refused, tmp_path
     monkeypatch.setitem(sys.modules, "pypdfium2", None)
     for name in FILES:
         write(f"docs/{name}", FILES[name])
-    found, counts = read(write("docs/b.pdf", FILES["a.pdf"]).parent)
-    assert ([r.id for r in found], counts["ignored"], counts["skipped"]) == (["docs/a.md"], len(FILES), 0)
+    found = read_all(write("docs/b.pdf", FILES["a.pdf"]).parent)
+    assert (found.ids, found.ignored, found.skipped) == (["docs/a.md"], len(FILES), 0)
     assert capsys.readouterr().err == (
         "documents that were not read: 2 .pdf, 1 .docx, 1 .pptx, 1 .xlsx, 1 .epub, 1 .html, 1 .htm: "
         "pip install 'refrag[docs]'\n")

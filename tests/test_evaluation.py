@@ -489,28 +489,18 @@ def test_unanswerable_questions_count_in_qa(run_eval, run, argv, write, tmp_path
     assert lasting(json.loads(out)["results"]) == lasting(run_eval("--task", "gate")["results"])
 
 
-class TestBadInput:
-    @pytest.fixture(autouse=True)
-    def nothing_slow(self, monkeypatch):
-        """Whatever is refused is refused before a model is loaded."""
-        for name in ("load_pipeline", "load_searcher", "load_model"):
-            monkeypatch.setattr(refrag, name, None)
-
-    @pytest.mark.parametrize(("item", "options", "told"), [
-        ({}, ["--task", "retrieval"], "question 2 has no positive_ids"), ({}, [], "question 2 has no list of answers"),
-        *(({"answers": ["x"]}, options, "question 2 has no positive_ids") for options in (
-            ["--task", "gate"], ["--modes", "oracle_gate"]))])
-    def test_a_question_that_lacks_something_is_named(self, refused, argv, write, item, options, told):
-        path = write("bad.jsonl", [QUESTIONS[0], {"question": "Why?"} | item])
-        message = refused(2, *argv, "--qa", path, *options)
-        assert f"--qa {path}: " in message and told in message
-        assert "wrong_vectors needs two questions" in refused(2, *argv, "--qa", write("one.jsonl", QUESTIONS[:1]))
-
-    def test_retrievers_that_the_index_does_not_hold(self, refused, done, qa, corpus, tmp_path, llama):
-        folder = tmp_path / "words"
-        done("index", "--corpus", corpus, "--index_dir", folder, "--retriever", "bm25", "--dec", llama)
-        message = refused(2, "eval", "--task", "retrieval", "--qa", qa, "--index_dir", folder, "--modes", "dense")
-        assert "--modes dense: the index at --index_dir holds only bm25" in message
+@pytest.mark.parametrize(("item", "options", "told"), [
+    ({}, ["--task", "retrieval"], "question 2 has no positive_ids"), ({}, [], "question 2 has no list of answers"),
+    *(({"answers": ["x"]}, options, "question 2 has no positive_ids") for options in (
+        ["--task", "gate"], ["--modes", "oracle_gate"]))])
+def test_a_question_that_lacks_something_is_named_before_a_model_is_loaded(refused, argv, write, monkeypatch, item,
+                                                                           options, told):
+    for name in ("load_pipeline", "load_searcher", "load_model"):
+        monkeypatch.setattr(refrag, name, None)
+    path = write("bad.jsonl", [QUESTIONS[0], {"question": "Why?"} | item])
+    message = refused(2, *argv, "--qa", path, *options)
+    assert f"--qa {path}: " in message and told in message
+    assert "wrong_vectors needs two questions" in refused(2, *argv, "--qa", write("one.jsonl", QUESTIONS[:1]))
 
 
 def test_questions_of_another_index_are_refused(refused, argv, write):

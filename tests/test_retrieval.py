@@ -21,8 +21,6 @@ from refrag_extras import bench
 from refrag_extras import index as writing
 from refrag_extras.mean_embedder import MeanEmbedder
 
-few = settings(max_examples=40)
-
 
 @pytest.fixture(scope="module")
 def words_index(change, tmp_path_factory):
@@ -179,7 +177,7 @@ VOCABULARY = ["river", "rivers", "bronze", "Bell", "old", "city", "the", "长", 
 
 @given(st.lists(st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=8).map(" ".join), min_size=1, max_size=20),
        st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=4).map(" ".join), st.integers(1, 13))
-@few
+@settings(max_examples=40)
 def test_bm25_orders_as_the_textbook(words_index, texts, question, topk):
     """Every row found scores above zero, none better is left out, and equal passages come in corpus order."""
     index, expected = words_index(texts), textbook_bm25(texts, question)
