@@ -54,8 +54,8 @@ def text_kinds(names: Sequence[str], options: dict[type, Any], encoder: refrag.C
     train, after, answers, mix = (options.get(cls) for cls in (TrainConfig, NextConfig, AnswersConfig, MixConfig))
     files, ks, size = mix or options[TextConfig], sorted(set(train.k)), mix.text_tokens if mix else train.seq_tokens
     least = min(ks) + (list(names) != ["recon"])  # the others ask for a token beyond the first chunk
-    flag = "--text_tokens" if mix else "--seq_tokens"
-    require(size >= least, f"{flag} {size} leaves nothing beyond one chunk of --k {min(ks)}: give {least} or more")
+    flag, needed = "--text_tokens" if mix else "--seq_tokens", max(least, *ks)
+    require(size >= needed, f"{flag} {size} leaves nothing beyond one chunk of --k {max(ks)}: give {needed} or more")
     makers = {"recon": functools.partial(refrag.recon, curriculum=options[ReconConfig].curriculum),
               "next": functools.partial(refrag.following, recon_frac=after.recon_frac, expand_frac=after.expand_frac),
               "cloze": functools.partial(refrag.cloze, p=answers.p, topk=options[SearchConfig].topk,

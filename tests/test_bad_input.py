@@ -141,6 +141,7 @@ OPTIONS = [  # command, options, message; the exit code is 2
     ("cpt_recon", "--k 64 --seq_tokens 64", "every text is shorter than 64 tokens, which --k 64 needs"),
     ("cpt_next", "--seq_tokens 4", "--seq_tokens 4 leaves nothing beyond one chunk"),
     ("cpt_align", "--seq_tokens 4", "--seq_tokens 4 leaves nothing beyond one chunk"),
+    ("train", "--text_tokens 6 --k 4,8", "--text_tokens 6 leaves nothing beyond one chunk of --k 8: give 8 or more"),
     ("cpt_recon", "--lr 1e39", "--lr must be more than 0"),
     ("cpt_recon", "--lora_r 4", "--lora_r needs the decoder in --train, got pe"),
     ("cpt_next", "--lora_r 4 --train p", "--lora_r needs the decoder in --train, got p"),
@@ -161,7 +162,7 @@ OPTIONS = [  # command, options, message; the exit code is 2
     ("bench", "--contexts 512,0", "--contexts must be 1 or more"), ("bench", "--question= ", "the question is empty"),
     ("bench", "--index_dir nowhere", "--index_dir nowhere: no such folder"),
     ("generate", "--index_dir nowhere", "--index_dir nowhere: no such folder")]
-LATE = ("--k 64 --seq_tokens 64", "--seq_tokens 4", "--enc", "--pooling", "--k 6", "--modes cos")
+LATE = ("--k 64 --seq_tokens 64", "--seq_tokens 4", "--text_tokens 6", "--enc", "--pooling", "--k 6", "--modes cos")
 
 
 @pytest.fixture
