@@ -3930,9 +3930,9 @@ class Questions:
         if self.options.topk_min is not None:
             most = int(rng.integers(self.options.topk_min, most + 1))
         others = [row for row in rows if row not in set(right)]
-        if taken_away or not right:
-            gold, answer = None, NO_ANSWER
-            shown = [row for row in others if not answers_in(self.index, item, row)][:most]
+        without = [row for row in others if not answers_in(self.index, item, row)]
+        if (taken_away and without) or not right:  # a prompt without passages asks what the decoder knows
+            gold, answer, shown = None, NO_ANSWER, without[:most]
         else:
             gold, answer = right[0], str(rng.choice(item["answers"]))
             shown = [row for row in rows if row == gold or row in others][:most]

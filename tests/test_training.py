@@ -510,6 +510,8 @@ def test_a_passage_taken_away_means_no_answer(lessons_on, ranked):
         assert read(lessons, lessons.draw(number, rng(number), 0.0))[1:] == (expected, NONE)
     lessons = lessons_on([QUESTIONS[0] | {"positive_ids": ["f"]}], no_answer_frac=1.0)
     assert "Rhone" not in read(lessons, lessons.draw(0, rng(), 0.0))[0]
+    lessons = lessons_on([QUESTIONS[0] | {"answers": ["e"]}], no_answer_frac=1.0)  # which all the others hold
+    assert read(lessons, lessons.draw(0, rng(), 0.0))[2].startswith("e [")
 
 
 def test_a_share_of_the_questions_has_no_answer_and_those_without_a_right_passage(lessons_on, capsys):
