@@ -1106,7 +1106,6 @@ def passage_content(title: str, text: str) -> str:
 @dataclass(frozen=True)
 class Passage:
     """A passage of an index. rank is 1-based, and its id in the prompt; without a search it is 0."""
-
     row: int
     document_id: str
     part: int  # 1, 2, .. of a document that was cut, 0 of a whole one
@@ -1728,7 +1727,6 @@ def rrf(rankings: Sequence[dict[int, float]]) -> list[tuple[int, float]]:
 
 class ChunkTable(NamedTuple):
     """The chunks of one passage. Vectors are float32, None if not stored."""
-
     ends: np.ndarray  # (L,), characters: chunk i is content[ends[i-1]:ends[i]]
     sizes: np.ndarray  # (L,), encoder tokens
     embeddings: np.ndarray | None = None  # (L, dim), embedder's vector, not normalised
@@ -1737,7 +1735,6 @@ class ChunkTable(NamedTuple):
 
 class Chunking(NamedTuple):
     """How contents are cut into chunks of k tokens and encoded."""
-
     k: int
     tokenizer: Any  # a RefragTokenizer
     encoder: Any = None  # a ChunkEncoder; None: no states
@@ -2901,17 +2898,25 @@ def lora_names(decoder: nn.Module) -> set[str]:
 LORA_SCALE = 2
 
 
+def linear_layers(decoder: nn.Module) -> dict[str, nn.Module]:
+    """The layers that adapters are put on, by name: all linear ones but the head."""
+    kinds, head = nn.Linear | transformers.pytorch_utils.Conv1D, decoder.get_output_embeddings()
+    return {name: part for name, part in decoder.named_modules() if isinstance(part, kinds) and part is not head}
+
+
 def add_lora(decoder: nn.Module, rank: int) -> None:
-    """Put a low-rank adapter (Hu et al. 2021) on every linear layer of the decoder but the head. Raises UserError."""
+    """Put a low-rank adapter (Hu et al. 2021) on each of the `linear_layers`. Raises UserError."""
     width = decoder.get_input_embeddings().weight.shape[1]
     require(rank <= width, f"--lora_r {rank} is more than the decoder's width {width}: give less")
     import peft
 
-    config = peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear", lora_dropout=0.0,
-                             bias="none")
+    layers = list(linear_layers(decoder))
+    config = peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=layers, lora_dropout=0.0, bias="none")
     try:
         with warnings.catch_warnings(action="ignore"):  # that GPT-2's layers are transposed, which peft handles
             peft.inject_adapter_in_model(config, decoder)
+        if lora_names(decoder) != {f"{name}.lora_{side}.default.weight" for name in layers for side in "AB"}:
+            raise ValueError("peft takes its linear layers for experts")
     except ValueError as error:
         reason = one_line(error)[:200]
         raise UserError(f"--lora_r: this decoder takes no adapters ({reason}): train all of it") from None
@@ -2922,9 +2927,7 @@ def add_lora(decoder: nn.Module, rank: int) -> None:
 def merge_lora(model: RefragModel, checkpoint: Checkpoint, rank: int) -> None:
     """Add a checkpoint's adapters to the decoder's weights: it is then as fast as one that never had any. peft would
     give the same numbers after a second of imports and modules."""
-    decoder, conv = model.decoder, transformers.pytorch_utils.Conv1D  # GPT-2's layers, which are transposed
-    layers = {name: module for name, module in decoder.named_modules()
-              if isinstance(module, nn.Linear | conv) and module is not decoder.get_output_embeddings()}
+    layers, conv = linear_layers(model.decoder), transformers.pytorch_utils.Conv1D  # GPT-2's, which are transposed
     shapes = {name: module.weight.shape[:: -1 if isinstance(module, conv) else 1] for name, module in layers.items()}
     expected = {f"{name}.lora_{side}.default.weight": (rank, columns) if side == "A" else (rows, rank)
                 for name, (rows, columns) in shapes.items() for side in "AB"}
@@ -3564,8 +3567,8 @@ def text_budget(tokens: np.ndarray, p: float, floor: int = 0) -> int:
 def select_chunks(scores: np.ndarray, tokens: np.ndarray, p: float, floor: int = 0) -> np.ndarray:
     """(L,) bool, the chunks that stay text: in the order of their scores, up to the first that exceeds the budget.
 
-    tokens: (L,) tokens of each chunk: the decoder's when answering, the encoder's when a gate is evaluated, since
-    there is no prompt then. With a floor the best chunk stays text even if it exceeds the budget.
+    tokens: (L,) of each chunk, the decoder's, but the encoder's where a gate is trained, since there is no prompt then.
+    With a floor the best chunk stays text even if it exceeds the budget.
     Example: scores [.9, .5, .7], tokens [4, 1, 4], p = .6 -> [T, F, F]; with floor = 8 -> [T, F, T]
     """
     order = np.argsort(-scores, kind="stable")

@@ -416,6 +416,23 @@ def test_a_checkpoint_with_adapters_is_loaded_merged(tmp_path, any_decoder):
     assert torch.equal(logits_of(twice.decoder), logits_of(again.decoder))
 
 
+def test_experts_have_no_adapters(tmp_path, tokenizers, monkeypatch):
+    """peft puts them there unless layers are named, and also then if some have the names that experts once had, as
+    DeepSeek's first ones."""
+    monkeypatch.setitem(conftest.DECODERS, "mixtral", lambda: transformers.MixtralConfig(
+        **SMALL, **ATTENTION, num_local_experts=4))
+    model = trained("decoder:2", conftest.save_decoder("mixtral", tmp_path / "m", tokenizers["bpe"]), lora={"r": 2})
+    model.save_pretrained(tmp_path / "c")
+    expected = logits_of(model.decoder)
+    again = logits_of(refrag.RefragModel.from_pretrained(tmp_path / "c").decoder)
+    torch.testing.assert_close(again, expected, atol=1e-3 * expected.abs().max().item(), rtol=0)
+    other = transformers.AutoModelForCausalLM.from_config(transformers.DeepseekV3Config(
+        **SMALL, **ATTENTION | {"num_key_value_heads": 4}, n_routed_experts=4, n_group=1, topk_group=1,
+        moe_intermediate_size=16, first_k_dense_replace=1))
+    with pytest.raises(refrag.UserError, match="this decoder takes no adapters"):
+        refrag.add_lora(other, 2)
+
+
 @pytest.mark.parametrize(("train", "lora_r", "kept"), [("pd", 2, True), ("pd", 4, False), ("pd", 0, False),
                                                        ("ped", 2, True)])
 def test_training_goes_on_with_adapters_of_the_same_rank(tmp_path, llama, train, lora_r, kept):
