@@ -755,7 +755,12 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+STATUS: list[str] = []  # what a terminal shows until there is something else
+
+
 def say(text: str, end: str = "\n", file: Any = None) -> None:
+    while STATUS:
+        print(" " * len(STATUS.pop()), end="\r", file=sys.stderr, flush=True)
     print(visible(text), end=end, file=file, flush=True)
 
 
@@ -805,6 +810,7 @@ def parse_or_exit(argv: Sequence[str]) -> tuple[str, tuple[Options, ...]]:
 def leave(code: int) -> typing.NoReturn:
     """End the program without the interpreter's tidying up, which takes more than a second."""
     atexit._run_exitfuncs()
+    say("", end="", file=sys.stderr)
     flush(sys.stdout)
     flush(sys.stderr)
     os._exit(code)
@@ -813,6 +819,9 @@ def leave(code: int) -> typing.NoReturn:
 if __name__ == "__main__":
     sys.modules["refrag"] = sys.modules["__main__"]  # what the companions import: no class may exist twice
     _NAME, _CONFIGS = parse_or_exit(sys.argv[1:])
+    if sys.stderr.isatty() and not _CONFIGS[-1].quiet:  # libraries and models take seconds
+        STATUS.append("loading ..")
+        print(*STATUS, end="\r", file=sys.stderr, flush=True)
     # Ctrl-C while the libraries load: their tracebacks help nobody
     signal.signal(signal.SIGINT, lambda *_: leave(report(KeyboardInterrupt(), _CONFIGS[-1])))
     gc.disable()  # looking for garbage during the imports takes half a second
@@ -827,6 +836,7 @@ try:
     import faiss
     import filelock
     import huggingface_hub.constants
+    import huggingface_hub.file_download
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -892,6 +902,8 @@ def prepare_runtime(runtime: RuntimeConfig) -> None:
         faiss.omp_set_num_threads(runtime.threads)
     if runtime.offline:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
+    # a hub that nobody reaches is told at once: each file would be tried six more times, for half a minute
+    huggingface_hub.file_download._DEFAULT_RETRY_ON_EXCEPTIONS = ()
     torch.manual_seed(runtime.seed)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -1093,8 +1105,6 @@ ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
 QUESTION_FIELDS = ("question", "query", "text")
 NAMED = 10  # bad records and files that are named one by one
 SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*")
-
-
 PLACES = {"page": "page", "slide": "slide", "sheet": "sheet", "heading": "section"}  # what marks hold: as it is called
 
 
@@ -5116,7 +5126,6 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     start = time.perf_counter()
     needs_index = generate.prompt is None and pack.mode != "none"
     if needs_index:
-        require(index.index_dir is not None, "--index_dir is missing: name the folder `index` wrote")
         index_manifest(index.index_dir)  # fail before anything is loaded if this is not an index
     engine = importlib.import_module(f"refrag_extras.{'vllm' if runtime.remote else 'cpu'}_engine")
     model = engine.load_model(models, pack, runtime) if runtime.remote else load_model(models, runtime)

@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 import sys
+import time
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
@@ -257,6 +259,15 @@ def test_models_that_are_not_there(refused, command, tmp_path, name, options):
     more = ["--text", "a"] if name == "align" else []
     assert f"model folder {NOWHERE} is not there" in refused(3, *command(name, *more, options, NOWHERE))
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("[!.]*"))
+
+
+def test_a_hub_that_nobody_reaches_is_told_at_once(refused, command, monkeypatch):
+    """Its library would try every file again and again, and say so each time."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it is tried again"))
+    for name, flag in (("generate", "--dec"), ("vectors", "--embed_model")):
+        assert "model no/such could not be loaded" in refused(3, *command(name, flag, "no/such"))
 
 
 @pytest.mark.parametrize("library", ["accelerate", "peft"])

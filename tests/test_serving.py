@@ -178,8 +178,11 @@ class TestTerminal:
         os.close(ours)
 
     def test_a_conversation(self, terminal, tmp_path):
-        """Two lines up in the history is the question again. Ctrl-C stops an answer and not the program."""
+        """Two lines up in the history is the question again. Ctrl-C stops an answer and not the program. While it loads
+        a line says so, and goes away."""
         write, wait_for, process = terminal
+        wait_for("loading ..\r")
+        wait_for(f"{' ' * 10}\r")
         wait_for("\n> ")
         write("Where do smiths cast bells?\n")
         wait_for("positions of full context")
