@@ -604,7 +604,7 @@ COMMANDS = {name: Command(text, (*configs, RuntimeConfig)) for name, text, *conf
     ("export", "Write a question's mixed prompt as embeddings, for vLLM.", ExportConfig, QuestionConfig, *ANSWERING),
     ("eval", "Measure answers, rankings, gate or vectors against controls.", EvalConfig, *RETRIEVAL, ReaderConfig),
     ("bench", "Time answers by context length, or steps of training.", BenchConfig, IndexConfig, ReaderConfig),
-    ("doctor", "Show device, versions, models and an index's integrity.", IndexConfig, ModelConfig, DoctorConfig),
+    ("doctor", "Show device, versions, models; verify an index or checkpoint.", IndexConfig, ModelConfig, DoctorConfig),
 )}
 
 

@@ -1,4 +1,4 @@
-"""`refrag.py doctor`: device, versions, models, and whether an index is intact."""
+"""`refrag.py doctor`: device, versions, models, and whether a checkpoint and an index are intact."""
 
 from __future__ import annotations
 
@@ -41,6 +41,9 @@ def run(index: refrag.IndexConfig, models: refrag.ModelConfig, doctor: refrag.Do
                 found["models"][name] = refrag.model_path(name)
             except refrag.MissingError as error:  # it names the command that installs the model
                 found["models"][name] = str(error)
+    if checkpoint := refrag.find_checkpoint(models):
+        checkpoint.verify()
+        found["checkpoint"] = {"path": str(checkpoint.path), "verified": checkpoint.manifest is not None}
     if index.index_dir is not None:
         opened = refrag.open_index(index.index_dir, read_all=True)
         found["index"] = {"path": index.index_dir, "verified": True, **index_summary(opened.manifest)}

@@ -137,6 +137,7 @@ OPTIONS = [  # command, options, message; the exit code is 2
     ("search", "--question q --index_dir nowhere", "no such folder"),
     ("search", "--question q --index_dir TMP", "no index in this folder"),
     ("doctor", "--index_dir nowhere", "no such folder"), ("doctor", "--index_dir TMP", "no index in this folder"),
+    ("doctor", "--load_dir nowhere", "--load_dir nowhere: no checkpoint in this folder"),
     ("align", "", "--text is missing"), ("align", "--text=", "--text is missing"),
     ("align", "--text a --load_dir nowhere", "--load_dir nowhere: "),
     *((phase, "--out_dir=", "--out_dir") for phase in ("cpt_recon", "sft", "eval")),

@@ -620,15 +620,17 @@ class TestPage:
     def test_the_comparison_and_the_next_question(self, page):
         page.check("#compare")
         page.select_option("#k", "4")
-        page.fill("#p", "0")
+        page.fill("#p", "0.01")
         self.ask(page, "Who crosses Lake Geneva?")
         page.wait_for_selector(".bar.full")
         assert page.locator("article").count() == 2
         compressed, full = (int(page.locator(".bars span").nth(i).inner_text().replace(",", "")) for i in (5, 7))
         assert compressed < full
         page.uncheck("#compare")
+        page.select_option("#mode", "none")
         self.ask(page, "And when does it flood?")
         page.wait_for_selector("text=asked as: And when does it flood (Lake Geneva)?")
+        assert page.locator(".bars span").first.inner_text() == "none"
         page.click("#fresh")
         assert page.inner_text("#answers") == "" and not page.is_visible("#fresh")
 
