@@ -530,8 +530,8 @@ def pipeline(tmp_path_factory):
 def test_the_shipped_reader_reads_in_8_bits_what_it_reads_itself(pipeline, integers, p):
     """By the distributions of the next token and the one after it."""
     stepper, decoder, divergences = cpu_engine.Stepper(pipeline.model.decoder), pipeline.model.decoder, []
-    for _, question, _ in SHORT:
-        reading = pipeline.prepare({"id": "1", "question": question}, pipeline.settings_for(p=p))
+    for _, question, _ in SHORT[:3]:
+        reading = pipeline.prepare({"id": "1", "question": question}, pipeline.settings_for(p=p, topk=2))
         known, start = pipeline.start([reading])
         both = [refrag.prefill_each(decoder, [reading.inputs[known:]], start, one) for one in (None, stepper)]
         token = both[0][0].argmax(-1)
