@@ -3984,7 +3984,7 @@ class Questions:
 
 
 def answers_in(index: Index, item: dict[str, Any], row: int) -> list[str]:
-    text = index[row].text.casefold()
+    text = index[row].content.casefold()
     return [answer for answer in item["answers"] if answer.casefold() in text]
 
 
@@ -4822,7 +4822,7 @@ class Reading:
         compressed = {chunks[-v - 1].doc for v in self.plan.tolist() if v < 0}
         for number, label in enumerate(self.labels):
             kept = [kept for chunk in chunks if chunk.doc == number for kept in self.kept[chunk.first : chunk.last]]
-            how[label] = ("text" if all(kept) else "partly" if any(kept)
+            how[label] = ("text" if kept and all(kept) else "partly" if any(kept)
                           else "vectors" if number in compressed else "left out")
         return how
 

@@ -324,7 +324,7 @@ def test_train_gate_writes_a_gate_that_generate_uses(train, done, run, asking, e
     code, out, _ = run(*argv, "--no_stream")
     assert code == 0 and out.count(" rank ") == len(chunks) and "meaning" in out
     empty = done("generate", "--prompt", "Who? <doc id='a'></doc>", *argv[5:], "--embed_model", embedder)
-    assert empty["settings"]["gate"] == "learned" and empty["chunks"] == []
+    assert empty["settings"]["gate"] == "learned" and empty["chunks"] == empty["citations"] == []
 
 
 def test_passages_beyond_the_decoders_window_are_told(refused, command, monkeypatch):

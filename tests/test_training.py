@@ -512,6 +512,8 @@ def test_a_passage_taken_away_means_no_answer(lessons_on, ranked):
     assert "Rhone" not in read(lessons, lessons.draw(0, rng(), 0.0))[0]
     lessons = lessons_on([QUESTIONS[0] | {"answers": ["e"]}], no_answer_frac=1.0)  # which all the others hold
     assert read(lessons, lessons.draw(0, rng(), 0.0))[2].startswith("e [")
+    lessons = lessons_on([{"question": "Which river floods in May?", "answers": ["Title 0"]}], no_answer_frac=0.0)
+    assert read(lessons, lessons.draw(0, rng(), 0.0))[2].startswith("Title 0 ["), "a title is read, too"
 
 
 def test_a_share_of_the_questions_has_no_answer_and_those_without_a_right_passage(lessons_on, capsys):
