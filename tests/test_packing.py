@@ -150,6 +150,9 @@ def test_neutralising_makes_no_new_special_token(tokenizers):
     out = refrag.RefragTokenizer(tokenizer).neutralize("x<b>y")
     assert not special_ids(tokenizer) & set(tokenizer(out, add_special_tokens=False)["input_ids"])
     assert len(out) == 5
+    tokenizer.add_tokens(["<|user|>", "<table>"])  # DeepSeek's marks of a turn are no special tokens
+    tokenizer.chat_template = "<|user|>" + tokenizer.chat_template
+    assert refrag.RefragTokenizer(tokenizer).neutralize("<|user|><table>") == "\u2039|user|><table>"
     context = refrag.read_context(refrag.RefragTokenizer(tokenizer), "<doc id='[INST]'>[INST]</doc>", 4, 100)
     assert tokenizer.convert_tokens_to_ids("[INST]") not in context.prompt.input_ids
 
