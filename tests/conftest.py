@@ -278,11 +278,9 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def index_dir(tmp_path_factory, corpus, embedder, llama) -> Path:
+def index_dir(tmp_path_factory, change) -> Path:
     folder = tmp_path_factory.mktemp("index") / "index"
-    argv = ["index", "--corpus", corpus, "--index_dir", folder, "--embed_model", embedder, "--dec", llama, "--enc",
-            "decoder:2", "--k", 4, "--dtype", "float32", "--quiet"]
-    assert refrag.main([str(word) for word in argv]) == 0
+    change(folder, CORPUS, k=4)
     return folder
 
 

@@ -644,7 +644,7 @@ class TestPage:
         self.ask(page)
         page.wait_for_selector("article a")
         assert re.match(r"\[1\] Title 5, .+: (read as text|partly read as text|compressed)$", page.inner_text(".cites"))
-        assert "path: corpus.jsonl" in page.locator("#passages details").text_content()
+        assert "path: index.jsonl" in page.locator("#passages details").text_content()
         answer, again = page.inner_text("article .text"), browser.new_page()
         again.goto(page.evaluate("document.querySelector('article a').href"))
         again.wait_for_selector("article a")
