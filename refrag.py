@@ -2936,8 +2936,7 @@ def add_lora(decoder: nn.Module, rank: int) -> None:
 
 
 def merge_lora(model: RefragModel, checkpoint: Checkpoint, rank: int) -> None:
-    """Add a checkpoint's adapters to the decoder's weights: it is then as fast as one that never had any. peft would
-    give the same numbers after a second of imports and modules."""
+    """Add a checkpoint's adapters to the decoder's weights, as peft would after a second of imports."""
     layers, conv = linear_layers(model.decoder), transformers.pytorch_utils.Conv1D  # GPT-2's, which are transposed
     shapes = {name: module.weight.shape[:: -1 if isinstance(module, conv) else 1] for name, module in layers.items()}
     expected = {f"{name}.lora_{side}.default.weight": (rank, columns) if side == "A" else (rows, rank)
@@ -3804,8 +3803,7 @@ def following(texts: Texts, number: int, k: int, rng: Random, progress: float, *
     opened = rng.random(len(content.chunks)) < share
     parts = [chunk if opened[c] or not len(chunk) else np.asarray([-c - 1])  # see `all_vectors`
              for c, chunk in enumerate(content.chunks)]
-    start = opening(encoder.tokenizer.decoder)
-    return Item(continue_plan(np.concatenate([start, *parts]), rest, content), text.where)
+    return Item(continue_plan(np.concatenate([opening(encoder.tokenizer.decoder), *parts]), rest, content), text.where)
 
 
 @functools.lru_cache(maxsize=1 << 16)

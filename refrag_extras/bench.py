@@ -40,7 +40,7 @@ SIZED = ("context_tokens", "positions", "full_positions", "compression", "p_real
 
 
 class Setting(NamedTuple):
-    """One combination that is timed; what its mode does not know is None, and the question alone has context 0."""
+    """One combination that is timed; None is what its mode does without, and the question alone has context 0."""
 
     mode: str
     context: int
@@ -73,7 +73,7 @@ def theoretical_ratio(k: int, p: float) -> float:
 
 
 def round_orders(count: int, rounds: int, seed: int) -> Iterator[list[int]]:
-    """A random order of `count` runs for each round, so that what a run leaves in caches meets another successor."""
+    """A random order of `count` runs for each round, so that no run always follows the same one."""
     generator = np.random.default_rng(seed)
     for _ in range(rounds):
         yield generator.permutation(count).tolist()
@@ -85,7 +85,7 @@ def peak_device_mb(device: torch.device) -> float | None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let both peaks begin again; that of resident memory stays where the system is not Linux."""
+    """Reset both peaks; that of resident memory only on Linux."""
     glibc("malloc_trim", 0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

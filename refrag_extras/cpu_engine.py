@@ -122,7 +122,7 @@ def largest_inputs(body: nn.Module) -> dict[nn.Module, Tensor]:
     found: dict[nn.Module, Tensor] = {}
 
     def look(module: nn.Module, given: tuple[Tensor]) -> None:
-        found[module] = given[0][0, 8:].abs().amax(0).float()  # the first positions' are like no others'
+        found[module] = given[0][0, 8:].abs().amax(0).float()  # the first positions stand out in every model
 
     hooks = [part.register_forward_pre_hook(look) for part in body.modules() if isinstance(part, nn.Linear)]
     vocabulary = body.config.vocab_size

@@ -600,7 +600,7 @@ class TextTask(Task):
         sequences = self.sequences(mode, ks[0])
         measured = refrag.measure_sequences(self.model, sequences, self.options.batch_size, self.accelerator)
         refrag.require(math.isfinite(measured["loss"]), f"--task {self.options.task}: the loss of {mode} is "
-                       f"{measured['loss']}: mend the models")
+                       f"{measured['loss']}: fix the models")
         for k in ks:
             if ("texts", mode, k) not in done:
                 yield {"id": "texts", "mode": mode, "k": k, **measured, "texts": len(sequences),
