@@ -640,6 +640,7 @@ def add_option(parser: Parser, f: dataclasses.Field, kind: type) -> None:
         parser.add_argument(f"--no_{f.name}", action="store_false", **common)
     else:
         metavar = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
+        common["action"] = "extend" if several and not f.default else "store"  # --corpus a --corpus b: both are meant
         parser.add_argument(f"--{f.name}", nargs="*" if several else None, metavar=metavar, **common)
 
 

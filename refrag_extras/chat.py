@@ -158,8 +158,8 @@ class Chat:
         refrag.require(bool(rest), "/save: name a file")
         try:
             refrag.write_atomic(Path(rest).expanduser(), "".join(refrag.dumps(turn) + "\n" for turn in self.turns))
-        except OSError as error:
-            raise refrag.UserError(f"/save {rest}: {error.strerror or error}") from None
+        except (OSError, ValueError, RuntimeError) as error:  # ValueError: of ".", RuntimeError: of ~nobody
+            raise refrag.UserError(f"/save {rest}: {getattr(error, 'strerror', None) or error}") from None
         tell(f"{len(self.turns)} turns in {rest}")
 
 

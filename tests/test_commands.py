@@ -162,7 +162,7 @@ BENCH = ["bench", "--index_dir", "i"]
     ([*BENCH, "--p", "0,.1", "1e-2"], "p", (0.0, 0.1, 0.01)),
     *(([*BENCH, "--modes", *words], "modes", ("full", "none")) for words in (["full,none"], ["full", "none"])),
     ([*BENCH, "--k", "4,8", "--k", "16"], "k", (16,)),
-    (["index", "--corpus", "a,b.txt", "c d.txt"], "corpus", ("a,b.txt", "c d.txt"))], ids=str)
+    (["index", "--corpus", "a,b.txt", "c d.txt", "--corpus", "e"], "corpus", ("a,b.txt", "c d.txt", "e"))], ids=str)
 def test_flags_take_dashes_and_values_stay_as_they_are(argv, name, value):
     assert value_of(name, argv) == value
 
@@ -431,7 +431,8 @@ def test_people_are_shown_control_characters_and_json_keeps_them(run, build, lla
     for more in ([], ["--no_stream"], ["--p", "1"]):
         code, out, err = run(*common, *more)
         assert code == 0 and obeyed(out + err) == set() and "bridges \\x1b[2J" in err
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"bridges{HOSTILE}\n/docs\n/history\n/x\x1b[2J\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(
+            f"bridges{HOSTILE}\n/docs\n/history\n/x\x1b[2J\n".encode()), "utf-8"))
     code, out, err = run("chat", *hostile[:2], "--dec", llama, "--max_new", 2)
     assert code == 0 and obeyed(out + err) == set()
     assert "title bridges \\x1b[2J" in err and "/x\\x1b[2J: no such" in err

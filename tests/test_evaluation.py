@@ -305,7 +305,7 @@ def test_gate(run_eval, write):
 @pytest.fixture
 def probe(llama, write, home):
     texts = write("texts.jsonl", [{"text": " ".join(TEXTS[i:] + TEXTS[:i])} for i in range(3)])
-    return lambda task, *more: ["eval", "--task", task, "--texts", texts, "--dec", llama, *MODELS,
+    return lambda task, *more, texts=texts: ["eval", "--task", task, "--texts", texts, "--dec", llama, *MODELS,
                                 "--context_tokens", 16, "--next_tokens", 8, *more]
 
 
@@ -337,14 +337,14 @@ def test_ppl_against_plain_forwards(done, probe, llama):
 
 def test_a_window_that_ends_inside_a_character_leaves_something_to_predict(done, probe, write):
     texts = write("odd.jsonl", [{"text": "\U0001f642" * n} for n in (40, 50)])  # of four tokens each
-    made = done(*probe("ppl", "--texts", texts, "--next_tokens", 1, "--modes", "refrag", "none"))
+    made = done(*probe("ppl", "--next_tokens", 1, "--modes", "refrag", "none", texts=texts))
     assert made["positions"]["none"] == {"16": 4.0}
 
 
 def test_one_text_has_no_other_text_s_vectors_and_short_ones_no_two_pieces(refused, probe, write):
-    path = write("one.jsonl", [{"text": " ".join(TEXTS * 3)}])
+    texts = write("one.jsonl", [{"text": " ".join(TEXTS * 3)}])
     for task in ("ppl", "recon"):
-        message = refused(2, *probe(task, "--texts", path))
+        message = refused(2, *probe(task, texts=texts))
         assert "wrong_vectors needs another's: give a second text" in message
         assert ("or leave wrong_vectors out" in message) == (task == "ppl")
     assert "two pieces of 5008 tokens" in refused(2, *probe("ppl", "--context_tokens", 5000))

@@ -40,7 +40,7 @@ def test_the_commands_run_in_order(tmp_path, run, shared, monkeypatch, write):
                   "milvus+http://localhost:19530/notes": f"milvus+file:{tmp_path}/milvus"}  # no server is needed
         argv = [theirs.get(word) or re.sub(r"^data/", f"{ROOT}/data/", word) for word in argv]
         step = ["--steps", "1", "--batch_size", "1", "--seq_tokens", "64"]
-        monkeypatch.setattr(sys, "stdin", io.StringIO("Who coined the term cells?\n"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Who coined the term cells?\n")))
         short = ["--max_new", "6", "--topk", "2"]
         argv += {"index": ["--limit", "10"], "generate": short, "chat": short, "eval": [*short, "--limit", "1"],
                  "cpt_align": step, "cpt_recon": step, "cpt_next": step, "sft": [*step, *short[2:]],

@@ -103,9 +103,9 @@ class TestPiped:
 
     def test_commands_and_mistakes_end_nothing(self, piped, tmp_path):
         """A question that cannot be answered has its object, too. --quiet hides nothing that was asked for."""
-        text = (f"{'why ' * 4000}\n\udcff?\n/docs\n/nothing\n/p much\n/p 2\n/mode magic\n/save\n/save /nowhere/at/all\n"
-                "/help\nWhere do smiths cast bells?\n/docs\n/history\n/mode full\n/p 1\nWhere do smiths cast bells?\n"
-                "/clear\n/history\n")
+        text = (f"{'why ' * 4000}\n\udcff?\n/docs\n/nothing\n/p much\n/p 2\n/mode magic\n/save\n/save .\n"
+                "/save /nowhere/at/all\n/help\nWhere do smiths cast bells?\n/docs\n/history\n"
+                "/mode full\n/p 1\nWhere do smiths cast bells?\n/clear\n/history\n")
         (too_long, no_text, first, second), err = piped(text, "--quiet")
         assert too_long["error"]["code"] == 2 and too_long["error"]["message"] in err
         assert no_text["error"]["message"].endswith("or no UTF-8")
@@ -114,7 +114,7 @@ class TestPiped:
         for told in ("error: /docs: nothing has been asked yet", "error: /nothing: no such command, see /help",
                      "error: argument --p: 'much' is not a number", "error: --p must lie between 0 and 1, got 2.0",
                      "error: --mode must be one of refrag, full, none, truncate, got 'magic'", "mode: full",
-                     "error: /save: name a file", "error: /save /nowhere/at/all: No such file",
+                     "error: /save: name a file", "error: /save .: ", "error: /save /nowhere/at/all: No such file",
                      "/history the questions", "1. Where do smiths cast bells?"):
             assert told in err, told
         opened = sum(chunk["expanded"] for chunk in first["chunks"])

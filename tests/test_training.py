@@ -806,7 +806,8 @@ def train(done, sources, llama, tmp_path):
 
     def call(phase: str, out: object, *options: object) -> dict:
         models = [] if {"--load_dir", "--dec"} & set(options) else ["--dec", llama, "--enc", "decoder:2"]
-        return done(phase, *sources[phase], *models, *SHORT, "--out_dir", tmp_path / out, *options)
+        own = [word for pair in refrag.batched(sources[phase], 2) if pair[0] not in options for word in pair]
+        return done(phase, *own, *models, *SHORT, "--out_dir", tmp_path / out, *options)
 
     return call
 

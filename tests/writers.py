@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -267,7 +268,7 @@ def files(tmp_path_factory, corpus) -> Path:
 
 @pytest.fixture(scope="session")
 def line(files, corpus, llama, embedder, index_dir):
-    """The command line of a writer into a folder, with further options; the last of equal flags counts."""
+    """The command line of a writer into a folder, with further options, which replace its own."""
     models = ["--dec", llama, "--enc", "decoder:2", "--k", 4]
     words = ["--retriever", "bm25", "--dec", llama, "--corpus"]
     run = [*models, "--seq_tokens", 32, "--batch_size", 2, "--steps", STEPS, "--save_every", 2, "--log_every", 1,
@@ -297,7 +298,9 @@ def line(files, corpus, llama, embedder, index_dir):
 
     def call(command: str, out: Path, *more: object) -> list[object]:
         flag = {"index": "--index_dir", "generate": "--out"}.get(lines[command][0], "--out_dir")
-        return [*lines[command], flag, out, "--threads", 1, "--quiet", "--json", *more]
+        flags = itertools.accumulate(lines[command], lambda flag, word: word if str(word).startswith("--") else flag)
+        own = [word for word, flag in zip(lines[command], flags, strict=True) if flag not in more]
+        return [*own, flag, out, "--threads", 1, "--quiet", "--json", *more]
 
     return call
 
