@@ -2163,7 +2163,7 @@ class RefragTokenizer:
         names: set[str] = set()
         for tokenizer in (self.decoder, self.encoder):
             added, template = getattr(tokenizer, "added_tokens_decoder", {}), str(tokenizer.chat_template)
-            turns = {t.content for t in added.values() if t.content[0] in LOOKALIKE and t.content in template}
+            turns = {t.content for t in added.values() if t.content[:1] in LOOKALIKE and t.content in template}
             names |= turns | {t.content for t in added.values() if t.special} | set(tokenizer.all_special_tokens)
         longest_first = sorted(filter(None, names), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # without any, it never matches
