@@ -444,7 +444,7 @@ def test_the_controls_golden():
     assert shown(refrag.without_vectors(first)) == ([7, 8], [6, -1])
 
 
-chunk_lists = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 16)), min_size=1, max_size=25)
+chunk_lists = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 16)), min_size=1, max_size=25)
 
 
 @given(chunks=chunk_lists, percent=st.integers(0, 100), floor=st.integers(0, 99))
@@ -456,11 +456,12 @@ chunk_lists = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 16)), min_siz
 @example(chunks=[(9, 4), (5, 1), (7, 5)], percent=1, floor=64)  # a short context is simply read
 @example(chunks=[(9, 4), (5, 1), (7, 5)], percent=0, floor=64)  # p = 0 expands nothing
 def test_selection_is_a_prefix_of_the_ranking_exact_and_maximal(chunks, percent, floor):
-    """The best chunks stay text up to the first that exceeds the budget, which is `floor` at least while p > 0."""
+    """The best stay text up to the first that exceeds the budget, `floor` at least while p > 0; empty ones never do."""
     scores, tokens = (np.array(column) for column in zip(*chunks, strict=True))
     chosen = refrag.select_chunks(scores, tokens, percent / 100, floor)
     budget = max(Fraction(percent, 100) * int(tokens.sum()), floor if percent else 0)
     assert chosen.dtype == bool and chosen.shape == scores.shape
     order = np.argsort(-scores, kind="stable")
     fits = [total <= budget for total in np.cumsum(tokens[order]).tolist()]
-    assert chosen[order].tolist() == [fits[0] or (percent > 0 and floor > 0), *fits[1:]]
+    fits[0] |= percent > 0 and floor > 0
+    assert chosen[order].tolist() == [fit and size > 0 for fit, size in zip(fits, tokens[order], strict=True)]
