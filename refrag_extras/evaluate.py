@@ -428,7 +428,8 @@ class RetrievalTask(QuestionTask):
     unused = QuestionTask.unused | {"k", "gate", "ctx_max", "max_new", "cite", "batch_size"} | {
         f.name for f in dataclasses.fields(refrag.ModelConfig)}
     columns = ("recall@8", "mrr@10", "ndcg@10", "ms_per_question")
-    notes = "Relevance is binary: the documents of positive_ids. Pieces of one document count once, at the best rank."
+    notes = ("Relevance is binary: the documents of positive_ids. Pieces of one document count once, at the best rank; "
+             "equal passages are one.")
 
     def __init__(self, *configs: Any):
         super().__init__(*configs)
@@ -443,7 +444,7 @@ class RetrievalTask(QuestionTask):
 
     def load(self) -> None:
         whole = refrag.load_searcher(self.index, self.search, self.runtime)
-        refrag.positive_rows(self.questions, whole.index)
+        self.places, self.opened = refrag.positive_rows(self.questions, whole.index), whole.index
         self.searchers = {name: refrag.Searcher(whole.index, name, whole.embedder, whole.reranker)
                           for name, _ in self.cells}
 
@@ -458,7 +459,8 @@ class RetrievalTask(QuestionTask):
             found = searcher.search(item["question"], max(SEARCH_DEPTH, search.topk), search.hops, search.where)
             seconds = time.perf_counter() - start
             positives = set(item["positive_ids"])
-            scores = ranking_scores(ranked_ids(found, positives), positives)
+            contents = {self.opened[row].content: i for i in item["positive_ids"] for row in self.places.get(i, ())}
+            scores = ranking_scores(ranked_ids(found, positives, contents), positives)
             yield {"id": item["id"], "mode": name, **scores, "ms_per_question": round(1000 * seconds, 3)}
 
     def results(self, found: Lines) -> dict[str, Any]:
@@ -474,9 +476,11 @@ class RetrievalTask(QuestionTask):
         return markdown_table(["retriever", *cls.columns], rows)
 
 
-def ranked_ids(passages: Sequence[refrag.Passage], positives: set[str]) -> list[str]:
-    """Ids of documents, best first, each once; a piece that positives name by its own id goes by that."""
-    return list(dict.fromkeys(p.id if p.id in positives else p.document_id for p in passages))
+def ranked_ids(passages: Sequence[refrag.Passage], positives: set[str], contents: dict[str, str]) -> list[str]:
+    """Ids of documents, best first, each once; a piece that positives name by its own id goes by that, and a passage
+    with a positive's content by that one's: a search gives equal passages once. contents: {content: positive id}."""
+    names = (p.id if p.id in positives else contents.get(p.content, p.document_id) for p in passages)
+    return list(dict.fromkeys(names))
 
 
 class GateTask(QuestionTask):

@@ -106,8 +106,8 @@ class TestMetrics:
         # pieces of a document count once, at their best rank
         found = [refrag.Passage(row, name, part, "", "") for row, (name, part) in enumerate(
             [("b", 2), ("a", 1), ("b", 1), ("c", 0), ("a", 2)])]
-        assert evaluate.ranked_ids(found, {"a"}) == ["b", "a", "c"]
-        assert evaluate.ranked_ids(found, {"a#2"}) == ["b", "a", "c", "a#2"]
+        assert evaluate.ranked_ids(found, {"a"}, {}) == ["b", "a", "c"]
+        assert evaluate.ranked_ids(found, {"a#2"}, {}) == ["b", "a", "c", "a#2"]
 
     def test_the_bootstrap_agrees_with_another(self):
         values = np.random.default_rng(5).random(60) ** 2
@@ -280,6 +280,14 @@ def test_retrieval(run_eval):
     assert lasting(only) == {"dense": lasting(made["results"])["dense"]}
     some = run_eval("--task", "retrieval", "--where", "id != a")["results"]
     assert all(some[name]["recall@8"] < scores["recall@8"] for name, scores in made["results"].items())
+
+
+def test_a_passage_that_repeats_a_positive_is_one(build, done, write, tmp_path):
+    """A search gives equal passages once, here the one that is not named."""
+    build("twins", [{"id": name, "text": TEXTS[row]} for row, name in ((0, "x"), (0, "y"), (1, "z"))])
+    qa = write("twins.jsonl", [{"question": "Which river leaves Lake Geneva?", "positive_ids": ["y"]}])
+    made = done("eval", "--task", "retrieval", "--index_dir", tmp_path / "twins", "--qa", qa, "--modes", "bm25")
+    assert made["results"]["bm25"]["mrr@10"] == made["results"]["bm25"]["recall@8"] == 1
 
 
 def test_gate(run_eval, write):
