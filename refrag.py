@@ -2516,7 +2516,6 @@ ENCODER_BATCH_TOKENS = 4096  # tokens, padding included, in one encoder pass
 
 class RefragConfig(transformers.PreTrainedConfig):
     """What a checkpoint needs to be loaded anywhere: which models it stands on, and how they are joined."""
-
     model_type = "refrag"
     encoder_name_or_path: str = "decoder:8"
     decoder_name_or_path: str = "SmolLM2-135M-Instruct"
@@ -2954,7 +2953,6 @@ def merge_lora(model: RefragModel, checkpoint: Checkpoint, rank: int) -> None:
 
 class RefragModel(PreTrainedModel):
     """Encoder, projector and decoder: the trained parts from a checkpoint, the others from the models it names."""
-
     config_class = RefragConfig
 
     def __init__(self, config: RefragConfig, encoder: ChunkEncoder, decoder: nn.Module):
