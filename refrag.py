@@ -38,9 +38,7 @@ Contents:
     9. Gate             which chunks stay text, under an exact budget
     10. Training        lessons, curriculum, mixtures, the loop, resume
     11. Generation      prefill, decode, citations, TTFT and TTIT
-    12. Commands        the way in and out; each command is a file in refrag_extras/
-
-Beside it, in refrag_extras/: what stands around the method, one file for each command or engine.
+    12. Commands        the way in and out; each command and engine is a file in refrag_extras/
 
 Dimension letters: B batch, T tokens, L chunks, N passages, E encoder width, D decoder width, V vocabulary.
 """
@@ -1446,7 +1444,8 @@ class Filter:
                 facts = {name: text} if name in ("id", "title") else json.loads(text) if key in text else {}
                 found += [(row, value) for value in field_values(facts, name)]
             if not found:
-                names = sorted({name for text in self.column("metadata") if text for name in json.loads(text)})
+                facts = (json.loads(text) for text in self.column("metadata") if text)
+                names = sorted({name for fields in facts for name in fields if field_values(fields, name)})
                 raise UserError(f"--where: no passage has a field {name!r}: there are id, title, {', '.join(names)}")
             rows, own = zip(*found, strict=True)
             self.fields[name] = np.array(rows), np.array([*map(as_text, own)], object), np.array([*map(as_number, own)])

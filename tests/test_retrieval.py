@@ -405,6 +405,11 @@ def test_a_passage_is_on_the_page_it_begins_on_and_on_that_it_ends_on(where, fou
     assert "".join(np.array([*"abc"])[allowed]) == found
 
 
+def test_fields_that_hold_nothing_are_not_offered():
+    with pytest.raises(refrag.UserError, match=r"no passage has a field 'nil': there are id, title, page$"):
+        refrag.Filter(1, lambda column: ['{"nil": null, "none": [], "page": 1}']).allowed("nil = 1")
+
+
 def test_searches_are_filtered(filtered, ask):
     for retriever, hops in itertools.product(("hybrid", "dense", "bm25"), (1, 2)):
         found = ask(filtered[1]["flat"].path, "river 7 floods", "--where", "year = 1990 and lang = en", "--retriever",
