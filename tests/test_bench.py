@@ -101,13 +101,19 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios():
 
 
 def test_known_times_give_known_rows(run_bench, clock):
+    """A step takes the same time for all rows here, so that a batch of 4 makes four times the tokens."""
     result, _ = run_bench("--contexts", "60,120,60", "--p", "0", "0.3", "0.3")
     assert result["rounds"] == 2 == len(rows_of(result, "full"))
-    for row in result["rows"]:
+    batches, _ = run_bench("--batch_size", "1,2,4", "--contexts", 120, "--k", 4, "--repeats", 1)
+    assert sorted(row["batch"] for row in batches["rows"]) == sorted([1, 2, 4] * 3)
+    for row in [*result["rows"], *batches["rows"]]:
         assert (row["ttft_s"], row["stages"]["prefill_s"]) == pytest.approx((0.001 * read_late(row),) * 2)
         assert sum(row["kinds"].values()) == row["positions"]
-        assert (row["ttit_s"], row["tokens_per_s"]) == pytest.approx((0.01, 100))
-        assert row["kv_bytes"] == 384 * row["positions"]
+        assert (row["ttit_s"], row["tokens_per_s"]) == pytest.approx((0.01, 100 * row["batch"]))
+        assert row["kv_bytes"] == 384 * row["positions"] * row["batch"]
+    for row in rows_of(batches, "refrag"):
+        [full] = rows_of(batches, "full", batch=row["batch"])
+        assert row["ttft_ratio"] == pytest.approx(read_late(full) / read_late(row), abs=1e-5)
     assert len(rows_of(result, "refrag")) == 2 * 2 * 2
     positions = {(r["k"], r["p"]): r["positions"] for r in rows_of(result, "refrag", context=120)}
     assert positions[8, 0.0] < positions[4, 0.0] < positions[4, 0.3] and positions[8, 0.0] < positions[8, 0.3]
@@ -138,19 +144,6 @@ def test_rounds_hold_every_combination_once_in_changing_order(run_bench, monkeyp
         assert all(a != b for a, b in itertools.pairwise(orders[-1]))
         assert all(row["runs"]["ttft_s"] == [0.5] * 4 for row in result["rows"])
     assert orders[0] == orders[1] != orders[2]
-
-
-def test_batches_are_timed_beside_each_other(run_bench, clock):
-    """A step takes the same time for all rows here, so that a batch of 4 makes four times the tokens."""
-    result, _ = run_bench("--batch_size", "1,2,4", "--contexts", 120, "--k", 4, "--repeats", 1)
-    assert sorted(row["batch"] for row in result["rows"]) == sorted([1, 2, 4] * 3)
-    for row in result["rows"]:
-        assert row["tokens_per_s"] == pytest.approx(100 * row["batch"])
-        assert row["ttft_s"] == pytest.approx(0.001 * read_late(row))
-        assert row["kv_bytes"] == 384 * row["positions"] * row["batch"]
-    for row in rows_of(result, "refrag"):
-        [full] = rows_of(result, "full", batch=row["batch"])
-        assert row["ttft_ratio"] == pytest.approx(read_late(full) / read_late(row), abs=1e-5)
 
 
 def test_a_context_is_filled_with_whole_passages(run_bench, index_dir, llama, monkeypatch):

@@ -216,29 +216,26 @@ def in_levels(decoder, ending):
 
 
 @pytest.mark.parametrize(("levels", "engine", "used", "most"), [
-    (False, "int8", "int8", 0.4), (False, "int4", "int4", 3), (True, "auto", "int4", 0.2)])
+    ("none", "int8", "int8", 0.4), ("none", "int4", "int4", 3), ("_proj.weight", "auto", "int4", 0.2),
+    ("down_proj.weight", "auto", "int4+int8", 0.4)])
 def test_rounding_moves_logits_by_little(decoder, levels, engine, used, most):
-    """Weights in sixteen levels are kept in 4 bits."""
-    stepper = cpu_engine.Stepper(in_levels(decoder, "_proj.weight") if levels else decoder, engine)
+    """Weights in sixteen levels are kept in 4 bits, layers that were changed in 8."""
+    stepper = cpu_engine.Stepper(in_levels(decoder, levels), engine)
     expected, got = step_both(decoder, stepper, (9,), 6, 8)
     assert stepper.engine == used and 0 < (got - expected).abs().max() < most * expected.std()
 
 
-def test_layers_that_were_changed_are_kept_in_8_bits(decoder):
-    assert cpu_engine.Stepper(in_levels(decoder, "down_proj.weight")).engine == "int4+int8"
-    assert cpu_engine.Stepper.fits(decoder)
-    decoder.model.layers[0].mlp.up_proj = torch.nn.Sequential(decoder.model.layers[0].mlp.up_proj)
-    assert not cpu_engine.Stepper.fits(decoder)
-
-
 def test_only_decoders_that_it_computes_exactly(any_decoder):
-    """torch's kernel takes sixteen columns at once and does not look whether so many are left."""
+    """No changed layers. torch's kernel takes sixteen columns at once and does not look whether so many are left."""
     decoder = refrag.load_decoder(str(any_decoder), CPU, torch.float32)
     assert cpu_engine.Stepper.fits(decoder) == (decoder.config.model_type in ("llama", "qwen2"))
     for size, fits in ((48, True), (40, False)):
         config = transformers.LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=size, num_hidden_layers=1,
                                           num_attention_heads=4)
-        assert cpu_engine.Stepper.fits(transformers.LlamaForCausalLM(config)) == fits
+        model = transformers.LlamaForCausalLM(config)
+        assert cpu_engine.Stepper.fits(model) == fits
+        model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
+        assert not cpu_engine.Stepper.fits(model)
 
 
 def test_the_engine_can_be_chosen(llama, tmp_path, tokenizers, done, refused):

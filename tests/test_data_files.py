@@ -99,13 +99,8 @@ def test_a_bad_option_is_named_and_nothing_is_written(tmp_path, capsys, option, 
     assert len({question["question"] for question in read_jsonl(tmp_path / "rag_train.jsonl")}) == 30
 
 
-@pytest.fixture(scope="module")
-def wiki():
-    return read_jsonl(DATA / "wiki_passages.jsonl"), read_jsonl(DATA / "wiki_questions.jsonl")
-
-
-def test_wiki_files_have_their_counts_fields_and_lengths(wiki):
-    passages, questions = wiki
+def test_wiki_files_have_their_counts_fields_and_lengths():
+    passages, questions = (read_jsonl(DATA / f"wiki_{name}.jsonl") for name in ("passages", "questions"))
     assert len(passages) == len({p["id"] for p in passages}) == len({p["text"] for p in passages}) == 300
     assert len(questions) == len({q["id"] for q in questions}) == len({q["question"] for q in questions}) == 100
     assert all(list(passage) == ["id", "title", "text"] for passage in passages)

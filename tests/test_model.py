@@ -24,6 +24,7 @@ import refrag
 CPU = torch.device("cpu")
 CONTENTS = ["The Rhone leaves Lake Geneva and crosses the old city under seven bridges.", "Bronze",
             "长江 is 🙂 long.\n\nIt rises in Qinghai", "notes on the Analytical Engine; " * 6, " \n"]
+LONG = " ".join(f"word{i}" for i in range(250))  # longer than the window
 
 
 def content_of(encoder, text, k):
@@ -201,15 +202,12 @@ def test_first_layers_share_the_decoders_memory_or_nothing(any_decoder):
         refrag.first_layers(decoder, 1)
 
 
-TRAINING_TEXTS = [*CONTENTS, "x", " ".join(f"word{i}" for i in range(250))]  # the last is longer than the window
-
-
 @pytest.mark.parametrize("k", [1, 4, 7, 16])
 def test_a_content_is_the_texts_tokens_and_chunks(encoder, k):
     """Decoder tokens, each in the chunk in which it starts; chunks as everywhere; rows that the encoder can take. Made
     of the tokens instead of the text, it is the same."""
     decoder = encoder.tokenizer.decoder
-    for text in TRAINING_TEXTS:
+    for text in [*CONTENTS, "x", LONG]:
         content, ends = content_of(encoder, text, k), encoder.tokenizer.cut([text], k)[0].ends
         [tokens] = refrag.tokenize(decoder, [text])
         same = encoder.content_of_tokens(tokens.ids, refrag.cut_allowed(tokens), k)
@@ -231,7 +229,7 @@ def test_a_content_is_the_texts_tokens_and_chunks(encoder, k):
 
 
 QUESTIONS = [("The Rhone leaves Lake Geneva.", [40, 41, 42]), ("Bronze melts at 950 degrees in 长江", [50]),
-             (" ".join(f"word{i}" for i in range(250)), [60, 61, 62, 63, 64])]  # the last is longer than the window
+             (LONG, [60, 61, 62, 63, 64])]
 
 
 def sequences_for(model, k=4):
@@ -301,10 +299,8 @@ DECODERS = {  # logits or attention of another kind, and whether texts can share
                                             chunk_size=4, expand=2), False)}
 
 
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
-
-
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("device", ["cpu", pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_attention_in_a_row_of_texts(device, dtype, window):

@@ -444,10 +444,8 @@ def test_the_controls_golden():
     assert shown(refrag.without_vectors(first)) == ([7, 8], [6, -1])
 
 
-chunk_lists = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 16)), min_size=1, max_size=25)
-
-
-@given(chunks=chunk_lists, percent=st.integers(0, 100), floor=st.integers(0, 99))
+@given(chunks=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 16)), min_size=1, max_size=25),
+       percent=st.integers(0, 100), floor=st.integers(0, 99))
 @settings(max_examples=200)
 @example(chunks=[(0, 1)] * 100, percent=7, floor=0)  # .07 * 100 is 7.000000000000001
 @example(chunks=[(0, 1)] * 100, percent=29, floor=0)  # .29 * 100 is 28.999999999999996

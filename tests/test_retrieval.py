@@ -445,23 +445,18 @@ def test_late_chunk_vectors_golden():
     assert refrag.late_chunk_vectors(states[:3], ends, np.array([5, 9]), whole).tolist() == [[2.0], [50.0]]
 
 
-def table_at(encoder, content, k=4):
-    return refrag.chunk_tables([content], refrag.Chunking(k, encoder.tokenizer, encoder), None, 1)[1][0]
-
-
 def test_states_of_an_encoder_that_reads_chunk_by_chunk_serve_only_their_own_k(build, corpus, llama, bert, tmp_path):
     """A chunk of 8 read by itself is not the mean of its halves read by themselves, so it is computed."""
     build("i", corpus, "--enc", bert, "--k", 4)
-    models = refrag.ModelConfig(dec=str(llama), enc=str(bert))
     for k in (4, 8):
-        pipeline = refrag.load_pipeline(refrag.IndexConfig(str(tmp_path / "i")), refrag.SearchConfig(),
-                                        refrag.PackConfig(k=k, compressed="feed"), refrag.GenerateConfig(max_new=1),
-                                        models, RUNTIME)
+        pipeline = refrag.open_pipeline(tmp_path / "i", dec=str(llama), enc=str(bert), k=k, compressed="feed",
+                                        max_new=1, device="cpu", dtype="float32")
         content = pipeline.index[0].content
         docs = refrag.make_docs([content], [0], k, pipeline.tokenizer, pipeline.stored, pipeline.states_at(k))
         assert (docs[0].chunks.states is not None) == (k == 4) == bench.reads_stored(pipeline, k)
         [doc] = pipeline.filled(docs, k, gate=False)
-        fresh = table_at(pipeline.model.encoder, content, k).states
+        chunking = refrag.Chunking(k, pipeline.tokenizer, pipeline.model.encoder)
+        fresh = refrag.chunk_tables([content], chunking, None, 1)[1][0].states
         np.testing.assert_allclose(doc.chunks.states, fresh, rtol=1e-3, atol=1e-3 * np.abs(fresh).max())
 
 
