@@ -208,19 +208,15 @@ def test_prompts_are_read_in_8_bits(decoder, integers, monkeypatch):
     assert not cpu_engine.Stepper(decoder).reads
 
 
-def in_levels(decoder, ending):
-    for name, parameter in decoder.named_parameters():
-        if name.endswith(ending):
-            parameter.data = in_sixteen_levels(parameter.shape, len(name)) * 0.1
-    return decoder
-
-
 @pytest.mark.parametrize(("levels", "engine", "used", "most"), [
     ("none", "int8", "int8", 0.4), ("none", "int4", "int4", 3), ("_proj.weight", "auto", "int4", 0.2),
     ("down_proj.weight", "auto", "int4+int8", 0.4)])
 def test_rounding_moves_logits_by_little(decoder, levels, engine, used, most):
     """Weights in sixteen levels are kept in 4 bits, layers that were changed in 8."""
-    stepper = cpu_engine.Stepper(in_levels(decoder, levels), engine)
+    for name, parameter in decoder.named_parameters():
+        if name.endswith(levels):
+            parameter.data = in_sixteen_levels(parameter.shape, len(name)) * 0.1
+    stepper = cpu_engine.Stepper(decoder, engine)
     expected, got = step_both(decoder, stepper, (9,), 6, 8)
     assert stepper.engine == used and 0 < (got - expected).abs().max() < most * expected.std()
 

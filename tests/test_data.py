@@ -356,11 +356,6 @@ def test_pieces_cover_the_text_in_order_and_hold_at_most_size_tokens(case, size,
     assert (len(spans) == 1) == (len(ends) <= size)
 
 
-def words(text: str) -> list[int]:
-    """Token ends when every word is a token."""
-    return [i for i in range(1, len(text) + 1) if not text[i - 1].isspace() and (text + " ")[i].isspace()]
-
-
 @pytest.mark.parametrize(("text", "size", "overlap", "pieces"), [
     ("a b c d", 2, 0, ["a b", " c d"]),  # the docstring's
     # 8 words fit. The last quarter holds words 7 and 8: the sentence that ends after 7 wins.
@@ -371,7 +366,8 @@ def words(text: str) -> list[int]:
     ("a b c d e f g. h. i j k", 8, 0, ["a b c d e f g. h.", " i j k"]),  # the later of two ends
     ("a b c d e f", 4, 2, ["a b c d", " c d e f"]), ("  a b  ", 2, 1, ["  a b  "]), ("  ", 8, 1, ["  "])])
 def test_a_piece_ends_after_a_sentence_in_its_last_quarter(text, size, overlap, pieces):
-    assert [text[a:b] for a, b in split_spans(text, words(text), size, overlap)] == pieces
+    ends = [word.end() for word in re.finditer(r"\S+", text)]  # every word is a token
+    assert [text[a:b] for a, b in split_spans(text, ends, size, overlap)] == pieces
     # 8 tokens of one character would end inside `hij`; the space after `fg` stands in the last quarter
     letters = "abcde g hij klm"
     ends = [i for i in range(1, len(letters) + 1) if letters[i - 1] != " "]  # 13 tokens

@@ -25,15 +25,10 @@ MODELS = ["--enc", "decoder:2", "--quiet"]
 
 
 @pytest.fixture
-def qa(write):
-    return write("qa.jsonl", QUESTIONS)
-
-
-@pytest.fixture
-def argv(index_dir, llama, qa, home):
+def argv(index_dir, llama, write, home):
     """The command line of `eval` on the small index; later options win over these."""
     small = ["--k", 4, "--topk", 2, "--max_new", 3]
-    return ["eval", "--qa", qa, "--index_dir", index_dir, "--dec", llama, *small, *MODELS]
+    return ["eval", "--qa", write("qa.jsonl", QUESTIONS), "--index_dir", index_dir, "--dec", llama, *small, *MODELS]
 
 
 @pytest.fixture
@@ -45,18 +40,15 @@ def lines_of(folder):
     return [lasting(json.loads(line)) for line in (folder / "questions.jsonl").read_text().splitlines()]
 
 
-def load(index_dir, llama, qa, **options):
-    settings = {"qa": str(qa), "k": (4,), "max_new": 3, "gate": "random", "p": (0.0, 0.3)} | options
+@pytest.fixture(scope="module")
+def task(tmp_path_factory, index_dir, llama):
+    qa, modes = write_rows(tmp_path_factory.mktemp("qa") / "qa.jsonl", QUESTIONS), tuple(refrag.EVAL_MODES["qa"])
+    config = refrag.EvalConfig(qa=str(qa), k=(4,), max_new=3, gate="random", p=(0.0, 0.3), modes=modes)
     task = evaluate.QaTask(
-        refrag.EvalConfig(**settings), refrag.IndexConfig(index_dir=str(index_dir)), refrag.SearchConfig(topk=2),
+        config, refrag.IndexConfig(index_dir=str(index_dir)), refrag.SearchConfig(topk=2),
         refrag.ModelConfig(dec=str(llama), enc="decoder:2"), refrag.RuntimeConfig(quiet=True))
     task.load()
     return task
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory, index_dir, llama):
-    return load(index_dir, llama, write_rows(tmp_path_factory.mktemp("qa") / "qa.jsonl", QUESTIONS))
 
 
 class TestMetrics:
@@ -253,20 +245,18 @@ def test_qa_has_the_promised_form_and_is_the_same_in_batches_or_not(run_eval):
     assert "f1_minus_expanded_only" in results["refrag"]["0"] and "f1_minus_full" not in results["full"]["1"]
 
 
-def test_refrag_is_compared_with_every_control(index_dir, llama, qa):
+def test_refrag_is_compared_with_every_control(task):
     """Each cell has an F1 of its own here, so that a difference tells which two were compared."""
-    modes = refrag.EVAL_MODES["qa"]
-    task = load(index_dir, llama, qa, modes=tuple(modes))
     scores = {cell: number / 100 for number, cell in enumerate(task.cells)}
     nothing = dict.fromkeys(task.means, 0.0) | {"ttft_s": 1.0, "ttit_s": None}
     made = task.results({(q["id"], *cell): nothing | {"f1": f1} for q in task.questions for cell, f1 in scores.items()})
     for p, key in ((0.0, "0"), (0.3, "0.3")):
-        for name in set(modes) - {"refrag"}:
+        for name in set(refrag.EVAL_MODES["qa"]) - {"refrag"}:
             theirs = scores[name, {"full": 1.0, "none": 0.0}.get(name, p)]
             difference = made["results"]["refrag"][key][f"f1_minus_{name}"]
             assert difference["mean"] == pytest.approx(scores["refrag", p] - theirs)
     table = task.table(made).partition("F1 of refrag minus that of")[2]
-    assert all(name.replace("_", " ") in table for name in set(modes) - {"refrag"})
+    assert all(name.replace("_", " ") in table for name in set(refrag.EVAL_MODES["qa"]) - {"refrag"})
 
 
 def test_retrieval(run_eval):

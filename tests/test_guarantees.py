@@ -124,39 +124,6 @@ def test_nothing_gets_its_name_before_it_is_on_disk(finished, name):
 
 # ---- Kills and errors -----------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def disturb(forks, finished, look, line, tmp_path):
-    """Run a writer up to a fault, look at what it left, and run it again to its end; the exit code of the first."""
-    looks: dict[Path, object] = {}
-
-    def known(writer: Writer, folder: Path | None) -> object:
-        if folder is not None and folder not in looks:
-            looks[folder] = look(writer, folder)
-        return looks.get(folder)
-
-    def call(name: str, at: int, fault: int) -> int:
-        writer, folder = WRITERS[name], tmp_path / str(at) / "out"
-        folder.parent.mkdir()
-        old = finished.old(writer.old) if writer.old else None
-        if old is not None:
-            shutil.copytree(old, folder)
-        command, after = argv(line, writer, folder, finished), known(writer, finished(writer).folder)
-        code = forks.run(command, folder.parent, {at: fault})
-        if writer.old != "damaged":
-            check_whole(folder)
-        assert code != 0 and (fault == signal.SIGKILL or leftovers(folder) == []), leftovers(folder)
-        now = None if writer.parts else look(writer, folder)
-        assert writer.parts or now in (known(writer, old), after)
-        if now != after or line_of(writer) == "index":
-            again = 2 if now == after and writer.command == "delete" else 0  # what is gone cannot be deleted
-            assert forks.run(command) == again, forks.err
-            assert look(writer, folder) == after
-        assert leftovers(folder, fault != signal.SIGKILL) == [] or line_of(writer) not in TIDY
-        return code
-
-    return call
-
-
 def places(changes: list[list[str]], name: str, error: bool = False) -> list[int]:
     """Where to disturb a writer: at its last renamings, just after the last one, and anywhere.
 
@@ -172,11 +139,29 @@ def places(changes: list[list[str]], name: str, error: bool = False) -> list[int
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, -errno.ENOSPC], ids=["kill", "full disk"])
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_kill_or_an_error_leaves_the_old_or_the_new_and_it_goes_on(finished, disturb, name, fault):
+def test_a_kill_or_an_error_leaves_the_old_or_the_new_and_it_goes_on(forks, finished, look, line, tmp_path, name,
+                                                                     fault):
     """A kill cuts the file that was being written then as well. A full disk is told as one, wherever it is noticed."""
-    code = -fault if fault > 0 else 1 if name == "save_pretrained" else 6
-    for at in places(finished(WRITERS[name]).changes, name, error=fault < 0):
-        assert disturb(name, at, fault) == code
+    writer, code = WRITERS[name], -fault if fault > 0 else 1 if name == "save_pretrained" else 6
+    old, after = finished.old(writer.old) if writer.old else None, look(writer, finished(writer).folder)
+    before = None if old is None or writer.parts else look(writer, old)
+    for at in places(finished(writer).changes, name, error=fault < 0):
+        folder = tmp_path / str(at) / "out"
+        folder.parent.mkdir()
+        if old is not None:
+            shutil.copytree(old, folder)
+        command = argv(line, writer, folder, finished)
+        assert forks.run(command, folder.parent, {at: fault}) == code
+        if writer.old != "damaged":
+            check_whole(folder)
+        assert fault == signal.SIGKILL or leftovers(folder) == []
+        now = None if writer.parts else look(writer, folder)
+        assert writer.parts or now in (before, after)
+        if now != after or line_of(writer) == "index":
+            again = 2 if now == after and writer.command == "delete" else 0  # what is gone cannot be deleted
+            assert forks.run(command) == again, forks.err
+            assert look(writer, folder) == after
+        assert leftovers(folder, fault != signal.SIGKILL) == [] or line_of(writer) not in TIDY
 
 
 # ---- Signals and resuming -------------------------------------------------------------------------------------------
@@ -724,11 +709,9 @@ def test_a_run_does_not_go_on_with_another_index(done, refused, line, files, tmp
         assert f"{index} was sha256 " in refused(5, *argv)
 
 
-TAILS = [b'{"step": 4, "lo', b"\0" * 99 + b"}\n", b"\xff\xfe\n", b'{"loss": 1}\n', b"5\n"]
-
-
 @pytest.mark.parametrize("left", [
-    "nothing", "empty", "run.json", "step 4", "moved", "half", "other intervals", "no log", *TAILS], ids=str)
+    "nothing", "empty", "run.json", "step 4", "moved", "half", "other intervals", "no log",
+    b'{"step": 4, "lo', b"\0" * 99 + b"}\n", b"\xff\xfe\n", b'{"loss": 1}\n', b"5\n"], ids=str)
 def test_a_run_goes_on_from_whatever_was_left(done, finished, line, unfinished, left):
     whole, more = finished(WRITERS["cpt_recon"]).folder, []
     if left in ("empty", "run.json"):

@@ -320,8 +320,7 @@ def test_a_reader_becomes_what_a_writer_made(tmp_path, change, capsys):
 
 def test_two_processes_build_the_index_of_one(tmp_path, write, forks, embedder, llama):
     """Each embeds every other block: one has a full block, the other one that is not."""
-    rows = [{"id": str(i), "text": f"River {i} floods field {i * 7}."} for i in range(300)]
-    build = ["index", "--corpus", write("c.jsonl", rows), "--embed_model", embedder, "--dec", llama,
+    build = ["index", "--corpus", write("c.jsonl", FIELDS[:300]), "--embed_model", embedder, "--dec", llama,
              "--enc", "decoder:2", "--k", 4, "--json", "--quiet", "--threads", 1]
     first, second = forks.run_two([*build, "--index_dir", tmp_path / "two"])
     assert (json.loads(first)["passages"], second) == (300, "")

@@ -85,10 +85,6 @@ def test_learning_rate_by_hand():
 
 # -- the token cache ---------------------------------------------------------------------
 
-def cached_ids(paths: list[str], tokenizer: refrag.RefragTokenizer, text: int = 0) -> list[int]:
-    return refrag.token_table(paths, tokenizer)["tokens"][text].as_py()
-
-
 def test_cached_texts_are_their_tokens(tmp_path, whole):
     """Against the tokenizer itself. A cut may stand where what comes before decodes without a broken character."""
     decoder, path = whole.tokenizer.decoder, tmp_path / "texts.jsonl"
@@ -133,15 +129,15 @@ def test_another_file_or_tokenizer_is_another_cache(tmp_path, home, tokenizers, 
         refrag.token_table(paths, tokenizer)
         assert len(list((home / "tokens").glob("*.arrow"))) == number
     write_rows(Path(a), [{"text": TEXTS[2]}])
-    assert ours.decoder.decode(cached_ids([a], ours)) == TEXTS[2]
+    assert ours.decoder.decode(refrag.token_table([a], ours)["tokens"][0].as_py()) == TEXTS[2]
 
 
 def test_special_tokens_in_a_text_are_only_text(tmp_path, whole, separate):
     text = "one <|im_end|> two <|endoftext|><|im_start|>user [SEP] two [CLS]"
     path = str(write_rows(tmp_path / "t.jsonl", [{"text": text}]))
-    ids = cached_ids([path], whole.tokenizer)
-    assert not set(ids) & set(whole.tokenizer.decoder.all_special_ids)
-    read = separate.tokenizer.decoder.decode(cached_ids([path], separate.tokenizer))
+    ours, theirs = (refrag.token_table([path], one.tokenizer)["tokens"][0].as_py() for one in (whole, separate))
+    assert not set(ours) & set(whole.tokenizer.decoder.all_special_ids)
+    read = separate.tokenizer.decoder.decode(theirs)
     assert not set(separate.tokenizer.encoder(read, add_special_tokens=False)["input_ids"]) & {2, 3}, read
 
 
@@ -158,9 +154,6 @@ class Lessons:
 
     def __init__(self, kind: refrag.Kind, ks: tuple[int, ...], teaches: bool):
         self.kind, self.ks, self.teaches, self.exam = kind, ks, teaches, kind.exam
-
-    def __len__(self) -> int:
-        return self.kind.count
 
     def draw(self, number: int, rng: np.random.Generator, progress: float) -> refrag.Item:
         item = self.kind.make(number, int(rng.choice(self.ks)), rng, progress)
@@ -226,7 +219,7 @@ def test_long_texts_become_several_windows_and_short_ones_are_told(text_lessons,
     """54 tokens in windows of 24, 24 and 6, each read whole; 3 tokens are no chunk of 4."""
     rows = [{"tokens": list(range(100, 154))}, {"tokens": [5, 6, 7]}, {"tokens": list(range(30, 35))}]
     lessons = text_lessons("recon", rows, curriculum="none", seq_tokens=24)
-    said = [asked(lessons.draw(n, rng(), 0.0).sequence) for n in range(len(lessons))]
+    said = [asked(lessons.draw(n, rng(), 0.0).sequence) for n in range(lessons.kind.count)]
     assert said == [list(range(100, 124)), list(range(124, 148)), list(range(148, 154)), list(range(30, 35))]
     assert "1 texts of fewer than 4 tokens are left out" in capsys.readouterr().err
     rows = [{"tokens": list(range(100, 140)), "split": {"s": 6, "o": 34}}]  # the first window's; then halves
@@ -331,7 +324,7 @@ def test_next_feeds_no_vector_of_a_chunk_without_tokens_of_the_decoder(text_less
 def test_a_separate_encoder_reads_no_half_characters(text_lessons, separate, kind):
     """Windows and runs may begin inside a character of several tokens; what is read as text may not."""
     lessons = text_lessons(kind, [{"text": "río más allá 🙂🙂 ñandú año " * 3}], separate, seq_tokens=21)
-    drawn = [lessons.draw(n, rng(seed), 0.0) for n in range(len(lessons)) for seed in range(9)]
+    drawn = [lessons.draw(n, rng(seed), 0.0) for n in range(lessons.kind.count) for seed in range(9)]
     texts = [separate.tokenizer.decoder.decode(np.concatenate(i.sequence.content.chunks).tolist()) for i in drawn]
     assert [text for text in texts if "\ufffd" in text] == []
 
@@ -424,9 +417,6 @@ def words(tmp_path_factory, change) -> Path:
 class Answers(refrag.Questions):
     """Drawn as a step draws them, but for the question."""
 
-    def __len__(self) -> int:
-        return len(self.questions)
-
     def draw(self, number: int, rng: np.random.Generator, progress: float) -> refrag.Item:
         item = super().draw(number, int(rng.choice(self.train.k)), rng, progress)
         return item._replace(teacher=refrag.with_text(item.sequence) if self.train.distill else None)
@@ -518,7 +508,8 @@ def test_a_passage_taken_away_means_no_answer(lessons_on, ranked):
 
 def test_a_share_of_the_questions_has_no_answer_and_those_without_a_right_passage(lessons_on, capsys):
     """Without any true answer they are left out and counted."""
-    assert len(lessons_on([QUESTIONS[0], *({"question": q, "answers": []} for q in ("Who?", "Why?"))])) == 1
+    few = lessons_on([QUESTIONS[0], *({"question": q, "answers": []} for q in ("Who?", "Why?"))])
+    assert len(few.questions) == 1
     assert ": left out 2 without answers\n" in capsys.readouterr().err
     lessons = lessons_on(no_answer_frac=0.3)
     said = [read(lessons, lessons.draw(0, rng(seed), 0.0))[2] for seed in range(100)]
@@ -592,10 +583,8 @@ def test_the_gate_chooses_the_text_as_in_use(lessons_on, index_dir, words, llama
     """The chunks that `generate` opens over the same passages; by words only if the index has no vectors."""
     index, same = index_dir if gate == "learned" else words, 0
     lessons = lessons_on(index=index, gate_frac=1.0, p=(0.9,), k=(16,))
-    pipeline = refrag.load_pipeline(
-        refrag.IndexConfig(index_dir=str(index)), refrag.SearchConfig(topk=3),
-        refrag.PackConfig(k=16, p=0.9, floor=0, gate="blend"), refrag.GenerateConfig(),
-        refrag.ModelConfig(dec=str(llama), enc="decoder:2"), RUNTIME)
+    pipeline = refrag.open_pipeline(index, dec=str(llama), enc="decoder:2", topk=3, k=16, p=0.9, floor=0, gate="blend",
+                                    device="cpu", dtype="float32")
     if gate == "learned":
         torch.manual_seed(1)
         lessons.gate = pipeline.trained_gates["learned"] = refrag.QueryGate(dim=pipeline.embedder.dim).eval()
