@@ -21,7 +21,6 @@ KINDS = ("bpe", "wordpiece", "sentencepiece")
 PAIRS = list(itertools.product(KINDS, KINDS))
 WORDS = sorted({word for text in TEXTS for word in text.split()})
 wild = st.lists(st.sampled_from(WORDS + ODD) | st.text(max_size=4), max_size=12).map("".join)
-few = settings(max_examples=60)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def both_sides(loaded, text, pair):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=wild)
-@few
+@settings(max_examples=60)
 def test_pieces_join_to_the_decoded_text(loaded, kind, text):
     """All prefixes of the pieces are decoded prefixes. A mark of replacement at the end waits for what follows it."""
     tokens, tokenizer = refrag.tokenize_pieces(text, loaded[kind]), loaded[kind]

@@ -623,11 +623,3 @@ class TestBundledModels:
         result = pipeline.answer("What is botany?", p=0.1, max_new=2, explain=True)
         assert result["settings"]["gate"] == "learned" and any(chunk["expanded"] for chunk in result["chunks"])
         assert all(set(chunk["shares"]) == set(refrag.FEATURES) for chunk in result["chunks"])
-
-    def test_decoding_equals_generate_of_transformers(self, pipeline):
-        inputs = pipeline.prepare({"id": "1", "question": "What is botany?"}, pipeline.settings_for(topk=1)).inputs
-        stops = pipeline.settings.stop_tokens
-        out, _ = run_decoder(pipeline, inputs, 12, stops)
-        expected = pipeline.model.decoder.generate(inputs_embeds=inputs[None], max_new_tokens=12, do_sample=False,
-                                                   attention_mask=torch.ones(1, len(inputs), dtype=torch.long))
-        assert out.tokens == [t for t in expected[0].tolist() if t not in stops]

@@ -27,10 +27,6 @@ CONTENTS = ["The Rhone leaves Lake Geneva and crosses the old city under seven b
 LONG = " ".join(f"word{i}" for i in range(250))  # longer than the window
 
 
-def content_of(encoder, text, k):
-    return encoder.content_of_text(text, encoder.tokenizer.cut([text], k)[0])
-
-
 @pytest.fixture(params=["whole", "mean", "cls"])
 def model(request, llama, bert):
     """A model with each kind of encoder in turn, its projector disturbed."""
@@ -208,7 +204,8 @@ def test_a_content_is_the_texts_tokens_and_chunks(encoder, k):
     of the tokens instead of the text, it is the same."""
     decoder = encoder.tokenizer.decoder
     for text in [*CONTENTS, "x", LONG]:
-        content, ends = content_of(encoder, text, k), encoder.tokenizer.cut([text], k)[0].ends
+        [cut] = encoder.tokenizer.cut([text], k)
+        content, ends = encoder.content_of_text(text, cut), cut.ends
         [tokens] = refrag.tokenize(decoder, [text])
         same = encoder.content_of_tokens(tokens.ids, refrag.cut_allowed(tokens), k)
         assert [c.tolist() for c in same.chunks] == [c.tolist() for c in content.chunks]
@@ -232,25 +229,15 @@ QUESTIONS = [("The Rhone leaves Lake Geneva.", [40, 41, 42]), ("Bronze melts at 
              (LONG, [60, 61, 62, 63, 64])]
 
 
-def sequences_for(model, k=4):
+def sequences_for(model):
     """One per text: a token, its vectors and one chunk as text, the answer."""
     made = []
     for text, answer in QUESTIONS:
-        content = content_of(model.encoder, text, k)
+        content = model.encoder.content_of_text(text, model.encoder.tokenizer.cut([text], 4)[0])
         vectors = -np.arange(len(content.chunks)) - 1
         context = np.concatenate([[7], vectors[:-1], content.chunks[-1], vectors[-1:], [8]])
         made.append(refrag.continue_plan(context, np.asarray(answer), content))
     return made
-
-
-def plain_logits(model, sequence, text):
-    """The asked logits of one sequence from a plain call of the decoder on embeddings that are put together here."""
-    embed = model.decoder.get_input_embeddings()
-    states = torch.as_tensor(model.encoder.encode([text], 4)[0])  # (L, E)
-    means = torch.stack([embed(torch.as_tensor(chunk)).mean(0) for chunk in sequence.content.chunks])
-    vectors = model.projector(states, means)
-    inputs = torch.stack([embed(torch.tensor(v)) if v >= 0 else vectors[-v - 1] for v in sequence.plan.tolist()])
-    return model.decoder(inputs_embeds=inputs[None], use_cache=False).logits[0][torch.as_tensor(sequence.labels >= 0)]
 
 
 def assert_like(got, expected):
@@ -261,8 +248,13 @@ def assert_like(got, expected):
 def check_forward(model):
     """The asked logits of a plain decoder, alone and together in a row; the vectors of the chunks, and what they should
     stand for: means of the embeddings of each chunk's tokens."""
-    sequences, embed = sequences_for(model), model.decoder.get_input_embeddings()
-    expected = [plain_logits(model, s, text) for s, (text, _) in zip(sequences, QUESTIONS, strict=True)]
+    sequences, embed, expected = sequences_for(model), model.decoder.get_input_embeddings(), []
+    for s, (text, _) in zip(sequences, QUESTIONS, strict=True):  # a plain call on embeddings put together here
+        states = torch.as_tensor(model.encoder.encode([text], 4)[0])  # (L, E)
+        vectors = model.projector(states, torch.stack([embed(torch.as_tensor(c)).mean(0) for c in s.content.chunks]))
+        inputs = torch.stack([embed(torch.tensor(v)) if v >= 0 else vectors[-v - 1] for v in s.plan.tolist()])
+        logits = model.decoder(inputs_embeds=inputs[None], use_cache=False).logits[0]
+        expected.append(logits[torch.as_tensor(s.labels >= 0)])
     assert expected[0].std() > 0.1 and not torch.allclose(expected[0][0], expected[1][0], atol=0.1)
     for order in ([0], [0, 1, 2], [2, 0]):
         batch = refrag.collate([sequences[n] for n in order])

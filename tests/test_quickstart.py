@@ -15,7 +15,6 @@ SH = ROOT / "refrag_quickstart_auto_accel.sh"
 BAT = SH.with_suffix(".bat")
 VARIABLES = ("QUESTION", "ENC_MODEL", "DEC_MODEL", "EMBED_MODEL", "TOPK", "K", "P", "CTX_MAX", "MAX_NEW", "STEPS",
              "LR_RECON", "LR_NEXT", "LR_POLICY", "ACCEL", "PYTHON")
-TOOLS = ("bash", "dirname", "cat", "cksum", "sed")  # what the script needs besides Python
 
 pytestmark = pytest.mark.skipif(os.name == "nt" or shutil.which("bash") is None, reason="needs bash")
 
@@ -31,7 +30,7 @@ class Sandbox:
             shutil.copy2(ROOT / name, self.tree / name)
         (self.tree / "refrag.py").write_text("raise SystemExit('a dry run must not run this')\n")
         (self.tree / "data" / "wiki_passages.jsonl").write_text('{"id": "1", "title": "t", "text": "x"}\n')
-        for tool in TOOLS:
+        for tool in ("bash", "dirname", "cat", "cksum", "sed"):  # what the script needs besides Python
             (self.bin / tool).symlink_to(shutil.which(tool))
         (self.bin / "python3.11").symlink_to(sys.executable)
         self.fake("uname", 'case $1 in -s) echo Linux ;; -m) echo x86_64 ;; esac')

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,12 +139,8 @@ def serving():
 @pytest.fixture
 def exported(home, done, tmp_path):
     """Export the decoder of a command line; its folder."""
-
-    def call(argv):
-        done("export", *argv, "--question", QUESTIONS[0], "--out_dir", tmp_path / "out", "--decoder")
-        return tmp_path / "out/decoder"
-
-    return call
+    return lambda argv: Path(done("export", *argv, "--question", QUESTIONS[0], "--out_dir", tmp_path / "out",
+                                  "--decoder")["out_dir"]) / "decoder"
 
 
 @pytest.fixture
