@@ -44,6 +44,7 @@ TEXTS = [
     "长江是亚洲最长的河流。 The Yangtze rises in Qinghai and reaches the sea near Shanghai.",
     "In 1896 the first modern games opened in Athens before 60,000 people; 14 nations sent athletes."]
 CORPUS = [{"id": "abcdef"[i], "title": f"Title {i}", "text": text} for i, text in enumerate(TEXTS)]
+LONG = " ".join(f"river{i} word{i}." for i in range(60))
 ODD = ["👨‍👩‍👧", "🏳️‍🌈", "🇫🇷🇪🇸", "🙂", "👍🏽", "e\u0301", "a\u0300\u0323", "\u0301",
        "长江", "日本語。", "한국", "ﷺ", "ﬁ", "\u200b", "\x00", "\x01\x02", "\x7f", "\ufffd", "\ufeff", "\u2028", " ",
        "   ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "▁", "Ġ", "\U0001d518", "\U0010ffff"]

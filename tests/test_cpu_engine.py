@@ -41,14 +41,13 @@ def step_both(decoder, stepper, lengths, steps, room, alive=None):
     return torch.stack([torch.stack(side) for side in zip(*rows, strict=True)])
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
-def stepped(request, tmp_path_factory, tokenizers):
+@pytest.fixture(params=["llama", "qwen2"])
+def decoder(request, tmp_path, tokenizers):
     """A decoder without and one with biases, neither these nor the norms at their start."""
-    folder = save_decoder(request.param, tmp_path_factory.mktemp("stepped"), tokenizers["bpe"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    disturb(model)
-    model.save_pretrained(folder)
-    return folder
+    folder = save_decoder(request.param, tmp_path / "decoder", tokenizers["bpe"])
+    decoder = refrag.load_decoder(str(folder), CPU, torch.float32)
+    disturb(decoder)
+    return decoder
 
 
 @pytest.fixture
@@ -113,11 +112,6 @@ def test_sixteen_levels_are_known(monkeypatch):
     assert cpu_engine.Int4Matrix(weight).error < 1e-3
     made = cpu_engine.Int4Matrix(weight)(torch.ones(1, 64)).float()
     torch.testing.assert_close(made, weight.sum(1)[None], rtol=0.02, atol=0.05)
-
-
-@pytest.fixture
-def decoder(stepped):
-    return refrag.load_decoder(str(stepped), CPU, torch.float32)
 
 
 @pytest.mark.parametrize(("lengths", "room", "alive"), [((7,), 12, None), ((5, 9, 2), 12, None), ((6,), 1, None),

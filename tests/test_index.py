@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import RUNTIME, passages_of
+from conftest import LONG, RUNTIME, passages_of
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from writers import tree, unchanged
@@ -18,7 +18,6 @@ import refrag
 from refrag_extras import index as writing
 
 OPERATIONS = int(os.environ.get("REFRAG_OPERATIONS", "6"))  # at most, in a row; with more of them more examples, too
-LONG = " ".join(f"river{i} word{i}." for i in range(60))
 MANY = [{"id": f"p{i}", "title": f"River {i}" if i % 3 else "", "text": text} for i, text in enumerate([
     "The Rhone floods in May.", "长江 rises in Qinghai. " * 3, LONG, "Bronze bells ring.", "A note. " * 20,
     "Athens had games.", "Rice grows in the delta of the Ebro 🙂."])]

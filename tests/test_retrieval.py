@@ -12,7 +12,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from conftest import CPU_HAS, RUNTIME, TEXTS, passages_of, save_embedder
+from conftest import CPU_HAS, LONG, RUNTIME, TEXTS, passages_of, save_embedder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -240,9 +240,6 @@ def test_search_of_a_file_of_questions(write, index_dir, run):
     assert [line.split()[0] for line in lines] == ["q7", "q7", "2", "2"]
     assert re.match(r"(?s)Which river floods\?\n *1\. .*Title.*\n\nWhat is bronze\?\n", run(*common)[1])
     assert run(*common, "--question", "x")[0] == run("search", "--index_dir", index_dir)[0] == 2
-
-
-LONG = " ".join(f"river{i} word{i}." for i in range(60))
 
 
 def test_trec_counts_a_split_document_once_at_its_best_rank(words_index, run):

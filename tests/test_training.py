@@ -181,16 +181,11 @@ def asked(sequence: refrag.TrainingSequence) -> list[int]:
     return sequence.labels[sequence.labels >= 0].tolist()
 
 
-def mark(encoder: refrag.ChunkEncoder) -> list[int]:
-    """The tokens that ask for a reconstruction."""
-    return encoder.tokenizer.decoder("\n\nRepeat:\n", add_special_tokens=False)["input_ids"]
-
-
 def test_reconstruction_reads_all_vectors_then_the_mark_then_the_text(tmp_path, text_lessons, whole):
     """Ten tokens, k = 4: chunks of 4, 4 and 2. The last token is only said, never read."""
     ids = list(range(10, 20))
     item = text_lessons("recon", [{"tokens": ids}], curriculum="none").draw(0, rng(), 0.0)
-    repeat = mark(whole)
+    repeat = whole.tokenizer.decoder("\n\nRepeat:\n", add_special_tokens=False)["input_ids"]
     plan, labels, content = item.sequence
     assert plan.tolist() == [START, -1, -2, -3, *repeat, *ids[:-1]]
     assert labels.tolist() == [-1] * (3 + len(repeat)) + ids
@@ -269,13 +264,13 @@ def test_a_share_of_the_chunks_stays_text_on_average(text_lessons, share):
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_a_share_of_the_contexts_is_reconstructed_instead(text_lessons, whole, share):
-    ids = SPLIT["tokens"]
+    ids, mark = SPLIT["tokens"], whole.tokenizer.decoder("\n\nRepeat:\n", add_special_tokens=False)["input_ids"]
     lessons = text_lessons("next", [SPLIT], recon_frac=share, expand_frac=0.0)
     drawn = [lessons.draw(0, rng(n), 0.0).sequence for n in range(200)]
     repeated = [s for s in drawn if asked(s) == ids[:8]]
     assert len(repeated) / 200 == pytest.approx(share, abs=0.1)
     assert all(asked(s) == ids[8:14] for s in drawn if not any(s is r for r in repeated))
-    assert all(s.plan.tolist() == [START, -1, -2, *mark(whole), *ids[:7]] for s in repeated)
+    assert all(s.plan.tolist() == [START, -1, -2, *mark, *ids[:7]] for s in repeated)
 
 
 def test_alignment_asks_teacher_and_student_the_same(text_lessons):
