@@ -607,6 +607,7 @@ def test_short_corpora_are_read_by_default(tmp_path, shared, pipeline, first, la
 @pytest.mark.models
 class TestBundledModels:
     def test_p1_is_the_chat_template_over_the_full_text(self, pipeline):
+        """Logits after it, and after the next token, are those of plain forwards."""
         item = {"id": "1", "question": "Who wrote De Materia Medica?"}
         reading = pipeline.prepare(item, pipeline.settings_for(topk=2))
         docs = reading.context.docs
@@ -616,8 +617,11 @@ class TestBundledModels:
         plain = pipeline.tokenizer.decoder.apply_chat_template(
             [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=True)["input_ids"]
         assert reading.plan.tolist() == plain
-        logits, _ = refrag.prefill(pipeline.model.decoder, [reading.inputs])
+        logits, state = refrag.prefill(pipeline.model.decoder, [reading.inputs])
         torch.testing.assert_close(logits[0], plain_logits(pipeline.model.decoder, plain), rtol=1e-3, atol=1e-3)
+        after, _ = refrag.decode_one_token(pipeline.model.decoder, token := logits.argmax(-1), state)
+        expected = plain_logits(pipeline.model.decoder, [*plain, int(token)])
+        torch.testing.assert_close(after[0], expected, rtol=1e-3, atol=1e-3)
 
     def test_the_shipped_gate_is_the_default_and_says_why(self, pipeline):
         result = pipeline.answer("What is botany?", p=0.1, max_new=2, explain=True)
