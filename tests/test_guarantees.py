@@ -273,20 +273,20 @@ def two_blocks(tmp_path_factory, forks, line) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("change", "computed"), [("nothing", 44), ("some texts", 44 + 111), ("k", 300),
-                                                  ("damage", 300)])
-def test_an_index_that_was_stopped_computes_nothing_twice(forks, line, two_blocks, tmp_path, change, computed):
+@pytest.mark.parametrize(("what", "computed"), [("nothing", 44), ("some texts", 44 + 111), ("k", 300),
+                                                ("damage", 300)])
+def test_an_index_that_was_stopped_computes_nothing_twice(forks, line, two_blocks, tmp_path, what, computed):
     out = shutil.copytree(two_blocks / "stopped", tmp_path / "out")
     corpus = Path(shutil.copy(two_blocks / "corpus.jsonl", tmp_path))
-    if change == "some texts":
+    if what == "some texts":
         corpus.write_text(corpus.read_text().replace("River 1", "Stream"))
-    if change == "damage":
+    if what == "damage":
         damage(*out.glob(".computed-*/*"), "truncated")
-    argv = line("vectors", out, "--corpus", corpus, "--k", 8 if change == "k" else 4)
+    argv = line("vectors", out, "--corpus", corpus, "--k", 8 if what == "k" else 4)
     assert forks.run([word for word in argv if word != "--quiet"]) == 0, forks.err
     assert json.loads(forks.out)["computed"] == computed
-    assert ("an earlier run ended early" in forks.err) == (change != "k") and leftovers(out) == []
-    assert change not in ("nothing", "damage") or tree(out / "gen-1") == tree(two_blocks / "whole" / "gen-1")
+    assert ("an earlier run ended early" in forks.err) == (what != "k") and leftovers(out) == []
+    assert what not in ("nothing", "damage") or tree(out / "gen-1") == tree(two_blocks / "whole" / "gen-1")
 
 
 @pytest.mark.parametrize("how", ["--add", "--sync"])

@@ -241,25 +241,25 @@ def test_sampling_is_the_servers_with_our_settings(served, tiny, done):
     assert stops <= {*body["stop_token_ids"]} and body["max_tokens"] == 6
 
 
-@pytest.mark.parametrize(("code", "says", "change"), [
+@pytest.mark.parametrize(("code", "says", "fault"), [
     (2, "--enable-prompt-embeds", {"enabled": False}), (5, "another decoder", {"other": {}}),
     (5, "hidden_size", {"other": {"hidden_size": 48}}), (3, "broke off", {"breaks": []}),
     (3, "out of memory", {"breaks": [{"error": {"message": "out of memory"}}]}), (3, "no vLLM server", {"gone": True}),
     (3, "export --decoder", {"unknown": True}), (3, "no vLLM server: name", {"listed": {"data": [{"id": "refrag"}]}})])
-def test_what_is_wrong_with_a_server(served, serving, tiny, refused, llama, tmp_path, home, code, says, change):
+def test_what_is_wrong_with_a_server(served, serving, tiny, refused, llama, tmp_path, home, code, says, fault):
     """One line each, before the first answer."""
-    if "other" in change:
-        config = dataclasses.replace(transformers.AutoConfig.from_pretrained(llama), **change["other"])
+    if "other" in fault:
+        config = dataclasses.replace(transformers.AutoConfig.from_pretrained(llama), **fault["other"])
         torch.manual_seed(1)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
         served = serving(tmp_path / "other")
-    if "gone" in change:
+    if "gone" in fault:
         served.shutdown()
         served.server_close()
-    if "unknown" in change:
+    if "unknown" in fault:
         [path] = (home / "decoders").iterdir()
         path.unlink()
-    vars(served).update({name: change[name] for name in ("enabled", "breaks", "listed") if name in change})
+    vars(served).update({name: fault[name] for name in ("enabled", "breaks", "listed") if name in fault})
     ask = ["generate", *tiny, "--question", QUESTIONS[0], "--engine", served.engine, "--quiet"]
     assert says in refused(code, *ask)
 
