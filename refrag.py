@@ -2567,11 +2567,12 @@ def cut_config(config: Any, layers: int) -> None:
 
 def load_first_layers(config: RefragConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The decoder without its head, and with no more layers than the encoder is cut from. The others are not read."""
-    name, layers = config.decoder_name_or_path, encoder_layers(config.encoder_name_or_path) or 0
-    with hub_errors(name):
-        shape = AutoConfig.from_pretrained(model_folder(name))
+    layers = encoder_layers(config.encoder_name_or_path) or 0
+    with hub_errors(config.decoder_name_or_path):
+        folder = model_folder(config.decoder_name_or_path)
+        shape = AutoConfig.from_pretrained(folder)
         cut_config(shape, min(layers, shape.num_hidden_layers))  # more of them would be made up
-        return AutoModel.from_pretrained(model_folder(name), config=shape, dtype=dtype, **SAFE).to(device).eval()
+        return AutoModel.from_pretrained(folder, config=shape, dtype=dtype, **SAFE).to(device).eval()
 
 
 def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:

@@ -57,12 +57,12 @@ def load_model(models: refrag.ModelConfig, pack: refrag.PackConfig,
     """The model with `Embeddings` in its decoder's place. Raises as `refrag.load_model`, and MissingError."""
     refrag.require(pack.gate != "ppl" and not pack.heuristic, f"--gate ppl and --heuristic need the decoder's weights "
                    f"here: choose another gate, or leave --engine {runtime.engine} out")
-    server, checkpoint = Server(runtime.engine), refrag.find_checkpoint(models)
-    model = refrag.load_model(models, runtime, encoder_only=True)
+    server, model = Server(runtime.engine), refrag.load_model(models, runtime, encoder_only=True)
     decoder, table = model.decoder, model.decoder.get_input_embeddings()
     if "d" in model.config.training_model:  # the encoder has a copy of its own of the embeddings before
         name = next(name for name, parameter in decoder.named_parameters() if parameter is table.weight)
-        [trained] = [tensor for key, tensor in checkpoint.tensors("decoder").items() if key.endswith(name)]
+        tensors = refrag.find_checkpoint(models).tensors("decoder")
+        [trained] = [tensor for key, tensor in tensors.items() if key.endswith(name)]
         table.weight.data.copy_(trained)
     model.decoder = Embeddings(table, decoder.config, server)
     server.adopt(model)
