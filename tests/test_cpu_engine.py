@@ -194,9 +194,10 @@ def test_prompts_are_read_in_8_bits(decoder, integers, monkeypatch):
     assert not cpu_engine.Stepper(decoder, "int4").reads
     monkeypatch.setattr(refrag, "cpu_has", CPU_HAS)
     monkeypatch.setattr(cpu_engine, "multiplies_integers", MULTIPLIES_INTEGERS)
-    for flag in ("avx512_vnni", "avx_vnni", "amx_int8", "avx2"):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flag=flag: {flag: True}, raising=False)
-        assert cpu_engine.Stepper(decoder).reads == (flag != "avx2")
+    for flags, reads in (("avx512_vnni", True), ("avx_vnni", True), ("avx512_vnni amx_bf16", False), ("avx2", False)):
+        found = dict.fromkeys(flags.split(), True)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        assert cpu_engine.Stepper(decoder).reads == reads
     monkeypatch.setattr(torch, "_int_mm", lambda x, y: (x.int() @ y.int()).clamp(max=2**15))  # the flags are not obeyed
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
     assert not cpu_engine.Stepper(decoder).reads

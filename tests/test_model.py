@@ -316,6 +316,20 @@ def test_attention_in_a_row_of_texts(device, dtype, window):
         assert (a - b).norm() <= limit * b.norm()
 
 
+@pytest.mark.parametrize(("T", "known", "window", "fused"), [
+    (600, 0, None, 1), (520, 45, None, 1), (520, 530, None, 0), (520, 45, 40, 0), (80, 9, None, 0)])
+def test_long_texts_where_the_processor_multiplies_matrices(T, known, window, fused, monkeypatch):
+    """Through torch's kernel, after what is known as well: as by products in float32."""
+    torch.manual_seed(0)
+    parts, calls = [torch.randn(heads, length, 16) for heads, length in ((6, T), (2, T + known), (2, T + known))], []
+    expected, kernel = refrag.causal_attention(*parts, 0.3, window), torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(refrag, "cpu_has", lambda name: name == "amx_bf16")
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda *some, **more: calls.append(1) or kernel(*some, **more))
+    got = refrag.causal_attention(*(part.bfloat16() for part in parts), 0.3, window)
+    assert (got - expected).norm() <= 0.01 * expected.norm() and len(calls) == fused
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_texts_in_a_row_are_as_each_alone(name):
     """Logits at the asked positions, scaled or capped as they are, and their gradients; where texts cannot share a row
