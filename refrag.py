@@ -863,8 +863,7 @@ if __name__ == "__main__":
     gc.enable()
 
 # =============================================================================
-# 3. Runtime. Device, seed, timers, progress, locks, files that are written
-#    whole. Knows no models.
+# 3. Runtime. Device, seed, timers, progress, locks, atomic files. Knows no models.
 # =============================================================================
 
 QUIET = False  # set once by prepare_runtime; progress and notices look here
@@ -901,7 +900,7 @@ def prepare_runtime(runtime: RuntimeConfig) -> None:
         faiss.omp_set_num_threads(runtime.threads)
     if runtime.offline:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
-    # a hub that nobody reaches is told at once: each file would be tried six more times, for half a minute
+    # fail at once if the hub cannot be reached: by default each file is tried six more times, for half a minute
     huggingface_hub.file_download._DEFAULT_RETRY_ON_EXCEPTIONS = ()
     torch.manual_seed(runtime.seed)
     transformers.utils.logging.set_verbosity_error()
@@ -1088,7 +1087,7 @@ def cache_home() -> Path:
     """Where converted models and tokenised texts are kept."""
     try:
         return Path(os.environ.get("REFRAG_HOME") or Path.home() / ".cache" / "refrag")
-    except RuntimeError:  # a user without an entry among the system's, as in containers
+    except RuntimeError:  # the system has no entry for this user, as in containers
         raise UserError("there is no home folder for the cache: set REFRAG_HOME") from None
 
 
@@ -1101,9 +1100,9 @@ NOT_AS_NAMED = "rename it, or leave it out"
 TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
 ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
 QUESTION_FIELDS = ("question", "query", "text")
-NAMED = 10  # bad records and files that are named one by one
+NAMED = 10  # so many bad records and files are named one by one, the rest are only counted
 SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*")
-PLACES = {"page": "page", "slide": "slide", "sheet": "sheet", "heading": "section"}  # what marks hold: as it is called
+PLACES = {"page": "page", "slide": "slide", "sheet": "sheet", "heading": "section"}  # field: its word in a citation
 
 
 def passage_content(title: str, text: str) -> str:
@@ -1189,8 +1188,9 @@ def kind_of(path: Path) -> str:
 
 
 class TextFile:
-    """The lines or records of a file, "-" for standard input, also gzipped or in UTF-16. counts: receives skipped and
+    """The lines or records of a file, "-" for standard input, also gzipped or in UTF-16. counts: of those skipped and
     replaced."""
+
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
         self.path, self.name, self.suffix = path, spelled(path), kind_of(path)
@@ -1239,8 +1239,8 @@ class TextFile:
         return ((number, text.rstrip("\r\n")) for number, text in self.lines() if text.strip())
 
     def table(self, fields: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """(line, JSON object of the filled cells) of each row below a header that has one of `fields`. Cells are parted
-        by tabs in a .tsv, else by what the header has most of: comma, semicolon or tab."""
+        """(line, JSON object of the filled cells) of each row below a header that has one of `fields`. The separator is
+        a tab in a .tsv, else what the header has most of: comma, semicolon or tab."""
         csv.field_size_limit(2**31 - 1)
         lines = self.lines()
         first, header = next(((number, text) for number, text in lines if text.strip()), (1, ""))
@@ -1423,7 +1423,7 @@ def as_text(value: Any) -> str:
 
 
 def field_values(facts: dict[str, Any], name: str) -> list[Any]:
-    """What a filter compares: of a list each element; of a passage that goes on to another page, both."""
+    """A field's values for a filter: each element of a list; both pages of a passage that runs on to another."""
     value, last = facts.get(name), facts.get(f"last_{name}") if name in PLACES else None
     return [v for v in (*(value if isinstance(value, list) else [value]), last) if v is not None]
 
@@ -1458,17 +1458,15 @@ class Filter:
             for sign, name, value in conditions:
                 (rows, texts, numbers), number = self.values(name), as_number(value)
                 hits = COMPARISONS[sign](texts, value) if math.isnan(number) else COMPARISONS[sign](numbers, number)
-                passed[rows[hits.astype(bool)]] += 1  # of several values in a row, one counts
+                passed[rows[hits.astype(bool)]] += 1  # numpy adds 1 to a row, however many of its values match
             allowed |= passed == len(conditions)
         return allowed
 
 
 # =============================================================================
-# 5. Retrieval. Embedder, FAISS, BM25, reciprocal rank fusion, and the index
-#    on disk. The embedder is the retrieval model: its vectors of questions,
-#    passages and chunks are compared. The encoder is what REFRAG compresses
-#    with: its states of chunks, once projected, are the decoder's input. It
-#    comes in as part of a `Chunking`; no decoder is known here.
+# 5. Retrieval. Embedder, FAISS, BM25, reciprocal rank fusion, and the index on disk. Knows no decoder.
+#    The embedder is the retrieval model: its vectors of questions, passages and chunks are compared. The encoder is
+#    what REFRAG compresses with: its states of chunks, once projected, are the decoder's input.
 # =============================================================================
 
 BUNDLED = {
@@ -1479,8 +1477,8 @@ SAFE = {"use_safetensors": True}  # a pickle can run code when it is read
 RETRIEVERS = {"hybrid": ["dense", "bm25"], "dense": ["dense"], "bm25": ["bm25"]}
 RRF_CONSTANT = 60  # Cormack et al. 2009; flat around its optimum
 CANDIDATES = 100  # read from each retriever before fusion
-HOP_PASSAGES = 3  # from which the next query is made
-CHUNK_UNIT = 4  # tokens; larger chunks are built from runs of so many, so that small ones nest in them
+HOP_PASSAGES = 3  # new passages that the next hop's query is made from
+CHUNK_UNIT = 4  # tokens; chunks of a multiple of it are built from units of this size, so that small ones nest in large
 QUERY_BATCH = 64  # questions embedded together
 NPROBE = 64  # lists of an inverted file that a search looks into
 
@@ -1511,8 +1509,8 @@ def hub_errors(name: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
             raise  # the cache's folder
-        told = f"model {name} could not be loaded ({one_line(error)[:300]}): check the name and the network"
-        raise MissingError(told) from error
+        message = f"model {name} could not be loaded ({one_line(error)[:300]}): check the name and the network"
+        raise MissingError(message) from error
 
 
 def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
@@ -1526,8 +1524,9 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
 
 
 def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Callable[[str], str] = str) -> None:
-    """Raise MismatchError if a text can give a token that a model has no embedding for. model: None if unknown.
-    around: adds what always surrounds a text; other special tokens, such as padding, may lie beyond the embedding."""
+    """Raise MismatchError if a text can contain a token that the model has no embedding for. model: None skips the
+    check. around: puts a text into its template, whose special tokens need embeddings too; others, as padding, do not.
+    """
     if model is None:
         return
     rows, added = len(model.get_input_embeddings().weight), tokenizer.added_tokens_decoder
@@ -1576,7 +1575,7 @@ class Embedder:
         self.room = self.max_tokens - len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
         self.fingerprint = weights_fingerprint(model, self.normalize, self.prompt, self.max_tokens)
         self.model.to(dtype)
-        self.queries: dict[str, np.ndarray] = {}  # retrieval and the gate ask for them
+        self.queries: dict[str, np.ndarray] = {}  # a cache: retrieval and the gate need the same vector
 
     def embed_query(self, question: str) -> np.ndarray:
         """(1, dim) float32. See `unit_length`."""
@@ -1585,7 +1584,7 @@ class Embedder:
         return self.queries[question]
 
     def embed_queries(self, questions: list[str]) -> None:
-        """Embed together what `embed_query` will be asked for: several times as fast."""
+        """Embed questions in one batch, several times as fast, for later calls of `embed_query`."""
         if len(self.queries) >= 4 * QUERY_BATCH:  # one question has a query for each hop
             self.queries.clear()
         vectors = self.unit_length(self.model.encode_query(questions, show_progress_bar=False))
@@ -1637,7 +1636,7 @@ def load_reranker(name: str, runtime: RuntimeConfig) -> Callable[[str, list[str]
         np.asarray(model.predict([(question, text) for text in texts], show_progress_bar=False)), f"reranker {name}")
 
 
-# Soft hyphens and the like, Arabic and Hebrew vowel points, the dot that lower-casing leaves on a Turkish i.
+# Removed: soft hyphens and the like, Arabic and Hebrew vowel points, the dot that lower-casing leaves on a Turkish i.
 UNSEEN = regex.compile(r"(?V1)\p{Default_Ignorable_Code_Point}|\u0640|[[\u0591-\u06ed]&&\p{Mn}]|(?<=i)\u0307")
 # Words: letters of scripts without spaces; U.S. and A-1; 1,000 and 2.5; others, with English endings or as in C++, C#.
 UNSPACED = r"[\p{Han}\u3040-\u30ff\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
@@ -1645,7 +1644,7 @@ SHORT = r"(?<!\w)[^\W\d_](?:[.-][^\W_])+(?!\w)|\d{1,3}(?:,\d{3})+(?:\.\d+)*(?!\w
 ENDING = r"(?:'(?:s|t|d|m|re|ve|ll)(?!\w)|\+\+|[+#](?!\w))?"
 WORD = regex.compile(rf"(?V1){UNSPACED}\p{{M}}*|{SHORT}|[\w--{UNSPACED}]+{ENDING}")
 ASCII_WORD = re.compile(rf"{SHORT}|\w+{ENDING}", re.ASCII)  # finds the same in ASCII text, twice as fast
-IN_NUMBER, IN_INITIALS = str.maketrans("", "", ","), str.maketrans("", "", ".-")  # what is no part of the word
+IN_NUMBER, IN_INITIALS = str.maketrans("", "", ","), str.maketrans("", "", ".-")  # removed: 1,000 -> 1000, U.S. -> US
 WORDS_FINGERPRINT = hashlib.sha256((UNSEEN.pattern + WORD.pattern).encode()).hexdigest()[:16]
 STOPWORDS = frozenset(bm25s.stopwords.STOPWORDS_EN)
 STEMMER = Stemmer.Stemmer("english")
@@ -1674,12 +1673,12 @@ def index_terms(text: str) -> list[str]:
 
 
 def read_faiss(path: Path) -> faiss.Index:
-    """A saved index, tuned. (From its bytes: FAISS accepts only UTF-8 file names.)"""
+    """A saved index with its search parameters. (Read from bytes: FAISS accepts only UTF-8 file names.)"""
     index = faiss.deserialize_index(np.frombuffer(map_file(path), np.uint8))
     if hasattr(index, "hnsw"):
         index.hnsw.efSearch = 128
     else:
-        index.k_factor = 16  # 16 topk candidates are compared again, in 8 bits a number
+        index.k_factor = 16  # 16 * topk candidates are compared again, by vectors in 8 bits
         faiss.downcast_index(index.base_index).nprobe = NPROBE
     return index
 
@@ -1690,11 +1689,11 @@ def search_faiss(index: faiss.Index, query: np.ndarray, topk: int, rows: np.ndar
     if rows is not None:
         passing = np.zeros(index.ntotal, dtype=bool)
         passing[rows] = True
-        selector = faiss.IDSelectorBitmap(np.packbits(passing, bitorder="little"))  # a batch would build a hash table
+        selector = faiss.IDSelectorBitmap(np.packbits(passing, bitorder="little"))  # IDSelectorBatch would hash ids
         if hasattr(index, "hnsw"):
             options = faiss.SearchParametersHNSW(sel=selector, efSearch=index.hnsw.efSearch)
         else:
-            lists = NPROBE * index.ntotal // max(len(rows), 1)  # the fewer pass, the farther they lie
+            lists = NPROBE * index.ntotal // max(len(rows), 1)  # the fewer rows pass, the more lists must be read
             inside = faiss.SearchParametersIVF(sel=selector, nprobe=lists)
             options = faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=inside)
     scores, found = index.search(query, min(topk, index.ntotal), params=options)
@@ -1707,7 +1706,7 @@ def search_exactly(vectors: np.ndarray, query: np.ndarray, topk: int, rows: np.n
         scores, found = faiss.knn(query, vectors, min(topk, len(vectors)), metric=faiss.METRIC_INNER_PRODUCT)
         return ranked(zip(found[0].tolist(), scores[0].tolist(), strict=True), topk)
     best: dict[int, float] = {}
-    for part in batched(rows, 1 << 16):  # they are copied
+    for part in batched(rows, 1 << 16):  # bounds the memory: selected rows are copied
         best |= {int(part[place]): score for place, score in search_exactly(vectors[part], query, topk, None).items()}
     return ranked(best.items(), topk)
 
@@ -1812,10 +1811,10 @@ class Index:
         self.vectors = map_vectors(folder / "vectors", manifest["dim"]) if "dense" in uses else None
         self.faiss = None if manifest["faiss"] in (None, "flat") else read_faiss(folder / "faiss.index")
         self.bm25 = bm25s.BM25.load(folder / "bm25", mmap=True, show_progress=False) if "bm25" in uses else None
-        self.filter, self.refused = Filter(len(self), self.column), None  # refused: by `refresh`
+        self.filter, self.refused = Filter(len(self), self.column), None  # refused: a digest, see `refresh`
 
     def refresh(self) -> None:
-        """Become what a writer has made current since, unless other models made that."""
+        """Switch to the generation that a writer has made current since, unless other models made it."""
         try:
             new = index_manifest(self.path)
             if new["digest"] in (self.manifest["digest"], self.refused):
@@ -1862,7 +1861,7 @@ class Index:
     def matching(self, question: str, topk: int, where: str | None = None,
                  others: Collection[int] = ()) -> dict[int, float]:
         """{row: BM25 score} of the best rows above zero that pass a filter, equal ones in corpus order, and of `others`
-        that tie with them. A term that the question repeats counts as often."""
+        that tie with the last. A term counts as often as the question repeats it."""
         terms = self.bm25.get_tokens_ids(index_terms(question))
         scores = self.bm25.get_scores_from_ids(terms, None if where is None else self.filter.allowed(where))
         found = np.flatnonzero(scores > 0)
@@ -1885,7 +1884,7 @@ class Index:
         return k == stored or (k % stored == 0 and stored % CHUNK_UNIT == 0)
 
     def stored(self, row: int) -> dict[str, np.ndarray] | None:
-        """The columns of a passage's chunks, flattened."""
+        """A passage's chunk columns, flattened; None if they are no longer there, which only Milvus may say."""
         return {name: self.chunks[name][row].values.to_numpy() for name in self.chunks.column_names}
 
     def chunk_table(self, row: int, k: int, encoder: str | None = None) -> ChunkTable | None:
@@ -1933,7 +1932,7 @@ def open_index(index_dir: str | Path | None, read_all: bool = False) -> Index:
 
 
 def made_by(manifest: dict[str, Any]) -> tuple:
-    """What decides about the columns of chunks: vectors of the same are interchangeable."""
+    """The models and the chunking that made an index's vectors. Two indexes that agree in this can share vectors."""
     return manifest["embedder"].get("fingerprint"), *sorted(manifest["chunking"].items())
 
 
@@ -2018,10 +2017,10 @@ class Searcher:
                           key=lambda hit: -hit[1])
         passages = []
         for rank, (passage, score) in enumerate(best[:topk], start=1):
-            hit = {}
-            for retrievers in reversed(found):  # the scores of the first hop that found it count
-                hit |= {name: round(rows[passage.row], 6) for name, rows in retrievers.items() if passage.row in rows}
-            passages.append(dataclasses.replace(passage, rank=rank, score=round(score, 6), scores=hit))
+            scores = {name: round(rows[passage.row], 6) for hop in reversed(found)  # the first hop that found it counts
+                      for name, rows in hop.items() if passage.row in rows}
+            passages.append(dataclasses.replace(passage, rank=rank, score=round(score, 6), scores=scores))
+
         return passages
 
 
