@@ -2269,7 +2269,7 @@ def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system
     ranges of these tokens. A token belongs to the chunk in which it starts. Raises UserError if the template alters
     the message.
     """
-    message, spans = "", []  # spans: of each document, where its tag, its content and the document begin and end
+    message, spans = "", []  # spans: (document, start of its tag, start of its content, end of its closing tag)
     for piece in pieces:
         if isinstance(piece, Doc):
             opening = f'<doc id="{piece.label}">\n'
@@ -2316,7 +2316,7 @@ def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, token
 
 def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
                  system: str | None = None) -> Context:
-    """A question over documents, best first, without the last of them that would make more than ctx_max tokens."""
+    """A question over documents, best first; the last ones are left out until their contents fit ctx_max tokens."""
     kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system or ""))
     while True:
         prompt = build_prompt(tokenizer, question_pieces(asked, kept), system)
@@ -2339,7 +2339,7 @@ def read_context(tokenizer: RefragTokenizer, text: str, k: int, ctx_max: int) ->
 
 
 def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
-    """(T,) bool, the prompt's tokens that are fed as such when only these chunks (L,) of the context stay text."""
+    """(T,) bool, the prompt's tokens that are fed as tokens. expanded: (L,) bool, the chunks that stay text."""
     mask = np.ones(len(prompt.input_ids), dtype=bool)
     for chunk, stays in zip(prompt.chunks, expanded.tolist(), strict=True):
         mask[chunk.first : chunk.last] = stays
@@ -2347,8 +2347,8 @@ def text_mask(prompt: Prompt, expanded: np.ndarray) -> np.ndarray:
 
 
 def truncated_mask(prompt: Prompt, positions: int) -> np.ndarray:
-    """(T,) bool, at most `positions` tokens: contents are cut from the end, an emptied document goes with its tags;
-    what stands outside of documents always stays."""
+    """(T,) bool, the tokens to keep, at most `positions`: contents are cut from the end, and an emptied document loses
+    its tags, too. Text outside of documents always stays, even if it is more than that."""
     mask = np.ones(len(prompt.input_ids), dtype=bool)
     content = ~text_mask(prompt, np.zeros(len(prompt.chunks), dtype=bool))
     for first, last in reversed(prompt.blocks):
@@ -2380,11 +2380,11 @@ class Content(NamedTuple):
 class TrainingSequence(NamedTuple):
     """What the decoder is fed in training, and what it should say."""
     plan: np.ndarray  # (P,): v >= 0 is the token v itself, v < 0 the vector of chunk -v - 1
-    labels: np.ndarray  # (P,): the token that should follow, -1 where nothing is asked
+    labels: np.ndarray  # (P,): the token that should follow, -1 where there is none
     content: Content
 
     @property
-    def asked(self) -> int:  # number of labels
+    def n_labels(self) -> int:
         return int((self.labels >= 0).sum())
 
 
@@ -2412,8 +2412,7 @@ def show_plan(context: Context, plan: np.ndarray, tokenizer: RefragTokenizer) ->
 
 
 # =============================================================================
-# 7. Alignment. Where two tokenizers cut a text at the same place, and what the
-#    decoder's tokens teach the projector there. Knows no files.
+# 7. Alignment. Where two tokenizers cut a text at the same place, and the losses between the cuts. Knows no files.
 # =============================================================================
 
 
@@ -2475,11 +2474,12 @@ class Anchor(NamedTuple):
 
 
 def cost_anchors(a: Pieces, b: Pieces) -> list[Anchor]:
-    """Anchors for tokenizers that normalise text: equal ends in the source text, which character offsets give.
+    """The pairs of tokens that end at the same character of the source text, as character offsets tell, with a cost.
 
-    The decoded prefixes of an uncased tokenizer and a byte-level one differ from the first capital letter on, but their
-    tokens still belong together; the edit distance of what they decode to says how well. O(M + N): spans are short.
+    Decoded prefixes would not do: those of an uncased tokenizer and a byte-level one differ from the first capital
+    letter on. The edit distance of what two spans decode to says how well they match. O(M + N): spans are short.
     """
+
     anchors, i, j = [], 0, 0
     for after_i, after_j in common_boundaries(a.ends, b.ends):
         spans = "".join(a.pieces[i : after_i + 1]), "".join(b.pieces[j : after_j + 1])
@@ -2503,8 +2503,7 @@ def relative_error(vectors: Tensor, means: Tensor) -> Tensor:
 
 
 # =============================================================================
-# 8. Model. Encoder, projector and decoder, their loading and their checkpoints.
-#    Knows no command line.
+# 8. Model. Encoder, projector and decoder, their loading and their checkpoints. Knows no command line.
 # =============================================================================
 
 ENCODER_WINDOW = 512  # tokens of a passage that see each other in the encoder
@@ -2512,7 +2511,7 @@ ENCODER_BATCH_TOKENS = 4096  # tokens, padding included, in one encoder pass
 
 
 class RefragConfig(transformers.PreTrainedConfig):
-    """What a checkpoint needs to be loaded anywhere: which models it stands on, and how they are joined."""
+    """What a checkpoint needs to be loaded anywhere: which models it builds on, and how they are joined."""
     model_type = "refrag"
     encoder_name_or_path: str = "decoder:8"
     decoder_name_or_path: str = "SmolLM2-135M-Instruct"
@@ -2556,7 +2555,7 @@ def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
 
 
 def cut_config(config: Any, layers: int) -> None:
-    """Make a model's configuration that of its first layers."""
+    """Change a model's configuration to one of its first layers alone."""
     config.num_hidden_layers = layers
     for name in ("layer_types", "layers_block_type"):
         if vars(config).get(name):
@@ -2569,7 +2568,7 @@ def load_first_layers(config: RefragConfig, device: torch.device, dtype: torch.d
     with hub_errors(config.decoder_name_or_path):
         folder = model_folder(config.decoder_name_or_path)
         shape = AutoConfig.from_pretrained(folder)
-        cut_config(shape, min(layers, shape.num_hidden_layers))  # more of them would be made up
+        cut_config(shape, min(layers, shape.num_hidden_layers))  # layers beyond these would get random weights
         return AutoModel.from_pretrained(folder, config=shape, dtype=dtype, **SAFE).to(device).eval()
 
 
@@ -2592,7 +2591,7 @@ def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_e
     around = model.get_submodule(stacks[0].rpartition(".")[0])
     for name in ("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm", "project_out"):
         if isinstance(getattr(around, name, None), nn.Module):
-            setattr(around, name, nn.Identity())  # it was trained for the last layer's states
+            setattr(around, name, nn.Identity())  # trained for the states of the last layer, which is gone
     return model.eval()
 
 
@@ -2608,7 +2607,7 @@ def segment_means(states: Tensor, owners: Tensor, count: int) -> Tensor:
     states: (T, E); owners: (T,), range [-1, count), -1 for none. Returns (count, E).
     Example: states [[1], [3], [7]], owners [0, 0, -1], count 1 -> [[2]]
     """
-    # -1 becomes one of `count` extra owners, which are dropped: a GPU adds what one owner has one after the other
+    # -1 becomes one of `count` extra owners, dropped below; one alone would be slow: a GPU adds its states serially
     owners = torch.where(owners < 0, count + torch.arange(len(owners), device=owners.device) % count, owners)
     sums = states.new_zeros(2 * count, states.shape[1]).index_add(0, owners, states)
     sizes = states.new_zeros(2 * count).index_add(0, owners, states.new_ones(len(owners)))
@@ -2620,9 +2619,9 @@ VARLEN = torch.__version__ >= (2, 12)  # the first one whose kernel takes groupe
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    """Attention of the last T positions of one text, (H, T, D), by products of matrices, in blocks of queries for which
-    what lies ahead is not computed: on CPUs faster than torch's kernel, in bfloat16 two to three times, but for long
-    texts where the processor has matrix instructions (AMX). key, value: (KV, K, D), of all positions."""
+    """Attention of the last T positions of one text, (H, T, D), by matrix products over blocks of queries; keys after a
+    block are skipped. On CPUs faster than torch's kernel (in bfloat16 two to three times), except for long texts where
+    the processor has matrix instructions (AMX). key, value: (KV, K, D), of all positions."""
     (KV, K, D), T = key.shape, query.shape[1]
     if T >= 512 and K <= 2 * T and window is None and query.dtype == torch.bfloat16 and cpu_has("amx_bf16"):
         query = nn.functional.pad(query, (0, 0, K - T, 0))[None]  # the kernel wants as many queries as keys
@@ -2644,19 +2643,18 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
 @torch.compiler.disable  # it would be compiled for every length
 def attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None,
                       window: int | None) -> Tensor:
-    """`causal_attention` of each of the texts that stand in a row. bounds: (n + 1,), where their queries begin and end.
-    """
-    asked = bounds.diff().tolist()
-    known = [asked[0] + key.shape[1] - query.shape[1], *asked[1:]]
-    texts = zip(query.split(asked, 1), key.split(known, 1), value.split(known, 1), strict=True)
+    """`causal_attention` of each text of a row. bounds: (n + 1,), where the queries of the texts begin and end."""
+    queries = bounds.diff().tolist()
+    keys = [queries[0] + key.shape[1] - query.shape[1], *queries[1:]]  # a single text may have cached ones
+    texts = zip(query.split(queries, 1), key.split(keys, 1), value.split(keys, 1), strict=True)
     return torch.cat([causal_attention(*text, scaling, window) for text in texts], dim=1)
 
 
 def attend_by_text(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                    cu_seq_lens_q: Tensor | None = None, scaling: float | None = None,
                    **more: Any) -> tuple[Tensor, None]:
-    """Causal attention within each of the n texts of a row. query: (1, H, P, D); key, value: as many heads or fewer;
-    of one text on a CPU also of the positions before the query's.
+    """Causal attention within each of the n texts of a row. query: (1, H, P, D); key, value: as many heads or fewer; on
+    a CPU those of a single text may begin with cached positions.
 
     cu_seq_lens_q: (n + 1,), where texts begin and end; without it, what "sdpa" does. Returns (1, P, H, D).
     """
@@ -2695,9 +2693,9 @@ def row_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any
 
 @torch.no_grad()
 def can_pack(decoder: nn.Module) -> bool:
-    """Whether texts that share a row stay apart in a decoder, or one without its head; found by trying, once.
+    """Whether texts that share a row do not see each other in a decoder, with or without its head: tried out once.
 
-    They don't where layers are recurrent, or where attention has a form that `attend_by_text` does not know.
+    They do where layers are recurrent, or where attention has a form that `attend_by_text` does not know.
     """
     if "packs" not in vars(decoder):
         config, weight, decoder.packs = decoder.config, decoder.get_input_embeddings().weight, False
@@ -2853,7 +2851,7 @@ class Batch(NamedTuple):
     sizes: Tensor  # (C,), how many of them each chunk has
     plan: Tensor  # (P,), v >= 0 is the token v, v < 0 the vector of chunk -v - 1
     lengths: list[int]  # positions of each sequence
-    asked: Tensor  # (N,), positions that have a label
+    label_positions: Tensor  # (N,)
     labels: Tensor  # (N,), what should follow them
 
     def to(self, device: torch.device) -> Batch:
@@ -2879,19 +2877,20 @@ def collate(sequences: Sequence[TrainingSequence]) -> Batch:
     ids, owners, chunk_ids, plan, labels = (torch.from_numpy(np.concatenate([none, *part])) for part in (
         texts, owners, chunks, plans, labels))
     encoder_lengths, sizes, lengths = ([len(one) for one in part] for part in (texts, chunks, plans))
-    asked = (labels >= 0).nonzero()[:, 0]
-    return Batch(ids, encoder_lengths, owners, chunk_ids, torch.tensor(sizes, dtype=torch.long), plan, lengths, asked,
-                 labels[asked])
+    positions = (labels >= 0).nonzero()[:, 0]
+    return Batch(ids, encoder_lengths, owners, chunk_ids, torch.tensor(sizes, dtype=torch.long), plan, lengths,
+                 positions, labels[positions])
 
 
-def asked_logits(decoder: nn.Module, inputs: Tensor, batch: Batch) -> Tensor:
-    """(N, V) logits at the asked positions; the LM head runs over no others. inputs: (P, D), read in one row if the
-    decoder `can_pack`, else text by text."""
+def label_logits(decoder: nn.Module, inputs: Tensor, batch: Batch) -> Tensor:
+    """(N, V) logits at the positions with a label; the LM head runs over no others. inputs: (P, D), read in one row if
+    the decoder `can_pack`, else text by text."""
+
     if can_pack(decoder):
         row = row_arguments(batch.lengths, inputs.device)
-        return decoder(inputs_embeds=inputs[None], logits_to_keep=batch.asked, **row).logits[0]
-    asked = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device).index_fill(0, batch.asked, True)
-    parts = zip(inputs.split(batch.lengths), asked.split(batch.lengths), strict=True)
+        return decoder(inputs_embeds=inputs[None], logits_to_keep=batch.label_positions, **row).logits[0]
+    marks = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device).index_fill(0, batch.label_positions, True)
+    parts = zip(inputs.split(batch.lengths), marks.split(batch.lengths), strict=True)
     return torch.cat([decoder(inputs_embeds=text[None], logits_to_keep=mask.nonzero()[:, 0], use_cache=False).logits[0]
                       for text, mask in parts])
 
@@ -2995,19 +2994,20 @@ class RefragModel(PreTrainedModel):
         (C, E), the encoder's. A vector is the mean of its chunk's token embeddings with the projector's correction.
         """
         table = self.decoder.get_input_embeddings()
-        inputs = table(plan.abs() % len(table.weight))  # under a vector any token's, not the same one's everywhere
+        # Where a vector will stand, any token does, but not always the same: a GPU would add its gradients serially
+        inputs = table(plan.abs() % len(table.weight))
         if not len(sizes):
             return inputs, *(inputs.new_zeros(0, inputs.shape[-1]) for _ in range(2))
         owners = torch.repeat_interleave(sizes, output_size=len(chunk_ids))
         means = segment_means(table(chunk_ids).float(), owners, len(sizes))
         vectors = self.projector(states, means)
-        fed = vectors.index_select(0, (plan.abs() - 1) % len(vectors))  # under a token any vector, likewise
+        fed = vectors.index_select(0, (plan.abs() - 1) % len(vectors))  # where a token stands, any vector, likewise
         return torch.where(plan.unsqueeze(-1) < 0, fed.to(inputs.dtype), inputs), vectors, means
 
     def forward(self, batch: Batch) -> Output:
-        """Read a batch. The LM head runs over the N positions that are asked something, nowhere else."""
+        """Read a batch. The LM head runs over the N positions that have a label, nowhere else."""
         inputs, vectors, means = self.embed(batch.plan, batch.chunk_ids, batch.sizes, self.chunk_states(batch))
-        return Output(asked_logits(self.decoder, inputs, batch), vectors, means)
+        return Output(label_logits(self.decoder, inputs, batch), vectors, means)
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of the trained parts by file name. Under FSDP a collective call: every process must make it."""
@@ -3288,8 +3288,7 @@ def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lor
 
 
 # =============================================================================
-# 9. Gate. A score for every chunk of the context, and the choice of those
-#     that stay text under an exact budget.
+# 9. Gate. A score for every chunk of the context, and the choice of those that stay text under an exact budget.
 # =============================================================================
 
 NEIGHBOUR_SHARE = 0.5  # of the better neighbour's score: an answer is often next to the words of the question
@@ -3334,11 +3333,11 @@ def term_hits(inputs: GateInput) -> tuple[np.ndarray, np.ndarray]:
     hits @ shares is the question's coverage, in [0, 1]. The idf, log(1 + N / (n + .5)), is not BM25's: trained gates
     rely on it.
     """
-    asked = list(dict.fromkeys(index_terms(inputs.question)))
+    query = list(dict.fromkeys(index_terms(inputs.question)))
     chunks = [set(index_terms(text)) for text in inputs.texts]
-    hits = np.asarray([[term in terms for term in asked] for terms in chunks], bool).reshape(len(chunks), len(asked))
+    hits = np.asarray([[term in terms for term in query] for terms in chunks], bool).reshape(len(chunks), len(query))
     idf = np.asarray([inputs.idf(term) if inputs.idf else math.log(1 + len(chunks) / (0.5 + n))
-                      for term, n in zip(asked, hits.sum(0).tolist(), strict=True)])
+                      for term, n in zip(query, hits.sum(0).tolist(), strict=True)])
     return hits, idf / (idf.sum() or 1.0)
 
 
@@ -3408,12 +3407,12 @@ FEATURES = {  # in groups, whose shares --explain shows
 FEATURE_NAMES = [name for names in FEATURES.values() for name in names]
 
 
-def standard(values: np.ndarray) -> np.ndarray:
+def z_scores(values: np.ndarray) -> np.ndarray:
     return (values - values.mean()) / (values.std() + 1e-6)
 
 
 def name_counts(inputs: GateInput) -> list[list[int]]:
-    """(4, L) names in each chunk, names that are not in the question, and the same for numbers."""
+    """(4, L) for each chunk: names, names that the question lacks, numbers, numbers that the question lacks."""
     known = set(map(term_of, words(inputs.question)))
     counts = [[0] * len(inputs.texts) for _ in range(4)]
     for row, text in enumerate(inputs.texts):
@@ -3435,13 +3434,13 @@ def chunk_features(inputs: GateInput) -> np.ndarray:
     columns = {
         "cosine": cosine,
         "cosine_neighbour": np.maximum(*beside(cosine, docs)),
-        "cosine_z": standard(cosine),
+        "cosine_z": z_scores(cosine),
         "cosine_rank": np.argsort(np.argsort(-cosine, kind="stable"), kind="stable") / max(L - 1, 1),
         "cosine_doc": np.repeat(np.maximum.reduceat(cosine, starts), sizes),
         "overlap": overlap,
         "overlap_neighbour": np.maximum(*beside(overlap, docs)),
         "overlap_window": (hits | before | after) @ shares,
-        "overlap_z": standard(overlap),
+        "overlap_z": z_scores(overlap),
         "overlap_doc": np.repeat(np.logical_or.reduceat(hits, starts), sizes, axis=0) @ shares,
         "phrase": (hits[:, 1:] & hits[:, :-1]).sum(1),  # pairs of the question's neighbouring terms
         "rank": docs / 8,
@@ -3456,10 +3455,7 @@ def chunk_features(inputs: GateInput) -> np.ndarray:
         "last": place == count - 1,
         "chunks": np.log(count),
     }
-    features = np.empty((len(FEATURE_NAMES), L), dtype=np.float32)
-    for row, name in zip(features, FEATURE_NAMES, strict=True):
-        row[:] = columns[name]
-    return features.T
+    return np.asarray([np.broadcast_to(columns[name], L) for name in FEATURE_NAMES], dtype=np.float32).T
 
 
 def with_neighbours(hidden: Tensor, docs: Tensor) -> Tensor:
@@ -3534,7 +3530,7 @@ class QueryGate(nn.Module):
 
 
 def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict[str, Any] | None:
-    """The facts of a checkpoint's "gate" or "policy", else of the shipped gate; None if made for another embedder."""
+    """The facts of a checkpoint's "gate" or "policy", else of the shipped gate; None if it is for another embedder."""
     facts = getattr(config, kind)
     if facts is None and kind == "gate" and (SHIPPED_GATE / "config.json").is_file():
         facts = Checkpoint(SHIPPED_GATE).config.gate
@@ -3827,7 +3823,7 @@ def anchored_content(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k
 
 def align(texts: Texts, number: int, k: int, rng: Random, progress: float, *, encoder: ChunkEncoder) -> Item:
     """The vectors of the spans between anchors: the model should expect after each what the teacher does after its
-    tokens. (One chunk alone has no next token, so nothing is asked.)"""
+    tokens. (One chunk alone has no next token, so no label.)"""
     text = texts.read(number)
     content = anchored_content(encoder, text.ids, text.cuts, k)
     plan = all_vectors(encoder, content)
@@ -3883,7 +3879,7 @@ def blank_out(text: str, rng: Random) -> tuple[str, str] | None:
 def cloze(texts: Texts, number: int, k: int, rng: Random, progress: float, *, encoder: ChunkEncoder,
           p: Sequence[float], topk: int, seq_tokens: int) -> Item:
     """A name or number in a sentence of one of several passages is to be filled in: windows of texts, of which one or
-    two come from near the right one. Without any, nothing is asked."""
+    two come from near the right one. A text without names and numbers gives an item without labels."""
     share = float(rng.choice(p)) if progress < 1 else 0.0
     near = [n for n in (number - 1, number + 1) if 0 <= n < len(texts)]
     drawn = [*rng.permutation(near), *rng.integers(0, len(texts), topk)][: int(rng.integers(0, topk))]
@@ -4052,7 +4048,7 @@ class Pass(NamedTuple):
 
 class Step(NamedTuple):
     passes: list[Pass]
-    asked: float  # the weights of all labels, in all processes
+    label_weight: float  # sum of the weights of all labels, in all processes
     tokens: int  # in all processes
 
 
@@ -4083,13 +4079,13 @@ class Steps:
                              weight=LABEL_WEIGHTS[name] if len(shares) > 1 else 1.0)
 
     def items(self, step: int) -> list[Item]:
-        """The items of a step, for all processes. Raises UserError if nothing is asked."""
+        """The items of a step, for all processes. Raises UserError if none has a label."""
         found, least = [], self.train.grad_accum * self.processes
         for number in itertools.count():
             if len(found) >= least and sum(item.positions for item in found) >= least * self.positions:
                 return found
             item = self.draw(step, number)
-            if item.sequence.asked:  # a text of one chunk has nothing to align, one without names no blank
+            if item.sequence.n_labels:  # a text of one chunk has nothing to align, one without names no blank
                 found.append(item)
             require(len(found) > 0 or number < 1000, f"{item.where} and the other texts leave nothing to predict: "
                     "give longer texts or a smaller --k")
@@ -4099,14 +4095,14 @@ class Steps:
         try:
             items = self.items(step)
             passes = share_out(items, self.processes, self.positions)
-            asked = sum(item.weight * item.sequence.asked for item in items)
-            return Step([self.laid(one[self.process :: self.processes]) for one in passes], asked,
+            return Step([self.laid(one[self.process :: self.processes]) for one in passes],
+                        sum(item.weight * item.sequence.n_labels for item in items),
                         sum(item.tokens for item in items))
         except RefragError as error:
             return error
 
     def laid(self, items: list[Item]) -> Pass:
-        weights = np.repeat([item.weight for item in items], [item.sequence.asked for item in items])
+        weights = np.repeat([item.weight for item in items], [item.sequence.n_labels for item in items])
         batch, teacher = (checked_batch(side, self.window) if side else None for side in (
             [item.sequence for item in items], [item.teacher for item in items if item.teacher]))
         return Pass(batch, teacher, torch.from_numpy(weights).float(), [item.where for item in items])
@@ -4203,7 +4199,7 @@ def parameter_groups(model: RefragModel, train: TrainConfig) -> list[dict[str, A
 
 def loss_terms(output: Output, labels: Tensor, teacher: Tensor | None, weights: dict[str, float],
                each: Tensor) -> dict[str, Tensor]:
-    """The terms that have a weight, before weighting, summed over the N asked positions, which count by `each` (N,).
+    """The terms that have a weight, before weighting, summed over the N labels, which count by `each` (N,).
 
     output.logits: (N, V); labels: (N,); teacher: (N, V) or None.
     """
@@ -4230,7 +4226,7 @@ def checked_batch(sequences: Sequence[TrainingSequence], window: int | None) -> 
 @torch.no_grad()
 def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], batch_size: int,
                       accelerator: Any) -> dict[str, float]:
-    """Mean loss (nats) and accuracy over all asked positions, teacher forced."""
+    """Mean loss (nats) and accuracy over all labels, teacher forced."""
     loss = right = total = 0.0
     for part in progress(batched(sequences, batch_size), "measuring", unit="pass"):
         batch = checked_batch(part, model.window).to(model.device)
@@ -4276,23 +4272,23 @@ class Trainer:
         return done / whole
 
     def teach(self, batch: Batch) -> Tensor:
-        """(N, V) the teacher's logits at the asked positions."""
+        """(N, V) the teacher's logits at the positions with a label."""
         decoder, batch = self.teacher or self.model.decoder, batch.to(self.accelerator.device)
         with torch.no_grad(), self.accelerator.autocast():
-            return asked_logits(decoder, decoder.get_input_embeddings()(batch.plan), batch)
+            return label_logits(decoder, decoder.get_input_embeddings()(batch.plan), batch)
 
-    def run_pass(self, one: Pass, asked: float) -> dict[str, float]:
-        """Forward and backward. asked: of the whole step, in all processes. Returns loss terms."""
+    def run_pass(self, one: Pass, label_weight: float) -> dict[str, float]:
+        """Forward and backward. label_weight: of the whole step. Returns loss terms."""
         batch, each = one.batch.to(self.accelerator.device), one.weights.to(self.accelerator.device)
         teacher = self.teach(one.teacher) if one.teacher else None
         with self.accelerator.autocast():
             output = self.wrapped(batch)
         terms = loss_terms(output, batch.labels, teacher, self.weights, each)
-        loss = sum(self.weights[name] * term for name, term in terms.items()) / asked
+        loss = sum(self.weights[name] * term for name, term in terms.items()) / label_weight
         if not torch.isfinite(loss):
             raise self.diverged("loss", loss.item(), [one])
         self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged over processes
-        return {name: term.item() / asked for name, term in terms.items()} | {"loss": loss.item()}
+        return {name: term.item() / label_weight for name, term in terms.items()} | {"loss": loss.item()}
 
     def diverged(self, what: str, value: float, passes: list[Pass]) -> UserError:
         places = list(dict.fromkeys(place for one in passes for place in one.places))
@@ -4307,7 +4303,7 @@ class Trainer:
             group["lr"] = group["peak"] * factor
         for number, one in enumerate(step.passes, start=1):
             with self.accelerator.no_sync(self.wrapped) if number < len(step.passes) else contextlib.nullcontext():
-                terms.update(self.run_pass(one, step.asked))
+                terms.update(self.run_pass(one, step.label_weight))
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.train.grad_clip or math.inf)
         if not math.isfinite(float(norm)):
             raise self.diverged("gradient", float(norm), step.passes)
@@ -4414,8 +4410,9 @@ def without_vectors(sequence: TrainingSequence) -> TrainingSequence:
     plan, labels, content = sequence
     kept = plan >= 0
     before = np.maximum.accumulate(np.where(kept, np.arange(len(plan)), -1))  # (P,), -1 where nothing stands before
-    moved, asked = np.full(len(plan), -1, dtype=np.int64), (labels >= 0) & (before >= 0)
-    moved[before[asked]] = labels[asked]
+    moved, keeps = np.full(len(plan), -1, dtype=np.int64), (labels >= 0) & (before >= 0)
+    moved[before[keeps]] = labels[keeps]
+
     return TrainingSequence(plan[kept], moved[kept], content)
 
 
@@ -4447,7 +4444,7 @@ def control(name: str, sequences: list[TrainingSequence], sources: list[frozense
         return [with_text(s) for s in sequences]
     if name == "none":  # impossible if a vector with a label has no token before it
         made = [without_vectors(s) for s in sequences]
-        return made if sum(s.asked for s in made) == sum(s.asked for s in sequences) else []
+        return made if sum(s.n_labels for s in made) == sum(s.n_labels for s in sequences) else []
     if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) < 2:
         return []
     others = [next(other for other in others_apart_first(n, len(sources), sources.__getitem__)
@@ -4540,8 +4537,8 @@ def prefill(decoder: nn.Module, inputs: Sequence[Tensor],
 @torch.inference_mode()
 def prefill_each(decoder: nn.Module, inputs: Sequence[Tensor], start: DecoderState | None = None,
                  stepper: Any = None) -> tuple[Tensor, DecoderState]:
-    """The same as `prefill`, but one prompt is read after the other, so that none depends on its neighbours' lengths: a
-    CPU's products round by their shape, and padding costs it time. Then keys and values are padded.
+    """The same as `prefill`, but prompts are read one by one, then keys and values are padded. So no result depends on
+    the lengths of other prompts (on a CPU rounding depends on a product's shape), and padding costs no time.
 
     stepper: reads what follows a start in the decoder's place, if it can.
     """
@@ -4700,7 +4697,7 @@ class Citations(NamedTuple):
     """An answer's citations, and the answer without them."""
     bare: str  # without any that is complete
     plain: str  # without the one at the end
-    begun: str | None  # the start of one that the answer's end cuts off
+    begun: str | None  # what there is of one that the answer's end cuts off
     labels: list[tuple[str, bool]]  # (label, whether it is forged), in order, each once
 
 
@@ -4731,10 +4728,10 @@ def parse_citations(answer: str, labels: Sequence[str]) -> Citations:
 
 
 def choose_citation(best: Callable[[list[int], list[int]], int], tokenizer: Any, labels: Sequence[str]) -> str:
-    """The document that the decoder itself names when made to write " [id]" after its answer.
+    """The label that the decoder itself writes when made to add " [label]" to its answer. It cannot be forged, since
+    every token is the most probable one of those that continue a label.
 
-    best(tokens, allowed): feeds tokens, and gives the most probable next one of those allowed. Greedy among the labels,
-    so it cannot be forged."""
+    best(tokens, allowed): feeds tokens, and returns the most probable next one of those allowed."""
     unread = opening = tokenizer(" [", add_special_tokens=False)["input_ids"]
     options = {label: tokenizer(f"{label}]", add_special_tokens=False)["input_ids"] for label in labels}
     for depth in range(CITATION_TOKENS - len(opening) + 1):
@@ -4802,7 +4799,7 @@ class Reading:
     settings: Settings
     passages: list[Passage]
     context: Context
-    given: GateInput | None  # what the gate looked at
+    gate_input: GateInput | None  # what the gate read; None if there was no choice to make
     scores: np.ndarray  # (L,)
     expanded: np.ndarray  # these three as `feed_plan` gives them
     kept: np.ndarray
@@ -4827,7 +4824,7 @@ class Reading:
 
 
 class Written(NamedTuple):
-    """What an engine makes of readings. best(row, tokens, allowed): `choose_citation`'s, after the answer of a row."""
+    """What an engine decodes from readings. best(row, tokens, allowed): see `choose_citation`, after a row's answer."""
     outs: list[Decoded]
     first_s: list[float]  # from the prompt in hand to the first token
     kv_bytes: int | None  # of each, None if a server holds them
@@ -4884,22 +4881,22 @@ class Pipeline:
         return self.searcher.search(item["question"], settings.topk, settings.hops, settings.where, following)
 
     def written_query(self, question: str, passages: Sequence[Passage]) -> str:
-        """The query of the next hop: the question and what the decoder says to look up; `rule_query`'s if that is
-        nothing new."""
+        """The query of the next hop: the question and what the decoder says to look up, or `rule_query` if that adds
+        nothing."""
         settings = self.settings_for(mode="full", max_new=HOP_TOKENS, temperature=0.0, cite=False, stop=("\n",),
                                      show_prompt=False, explain=False)
         asked = {"id": "", "question": HOP_QUESTION + question}
         [result] = self.generate([self.prepare(asked, settings, passages=passages)])
         name = parse_citations(result["answer"], [str(rank) for rank in range(1, len(passages) + 1)]).bare
         if abstains(name) or set(index_terms(name)) <= set(index_terms(question)):
-            notice(f"--hop_query model wrote nothing new ({name!r}): asked by the rule")
+            notice(f"--hop_query model wrote nothing new ({name!r}): the rule makes the query")
             return rule_query(question, passages)
         notice(f"next query: {question} {name}")
         return f"{question} {name}"
 
     def context(self, item: dict[str, Any], passages: list[Passage], settings: Settings) -> Context:
         k, ctx_max = settings.k, settings.ctx_max
-        if settings.prompt is not None:  # read_prompt made it the question
+        if settings.prompt is not None:  # the item's question is --prompt itself: see refrag_extras/generate.py
             return read_context(self.tokenizer, item["question"], k, ctx_max)
         contents = [self.tokenizer.neutralize(passage_content(p.title, p.text)) for p in passages]
         docs = make_docs(contents, [p.row for p in passages], k, self.tokenizer, self.stored, self.states_at(k))
@@ -4921,7 +4918,7 @@ class Pipeline:
         return [doc._replace(chunks=filled.get(i, doc.chunks)) for i, doc in enumerate(docs)]
 
     def score(self, context: Context, settings: Settings) -> tuple[np.ndarray, GateInput | None]:
-        """(the gate's scores (L,), what it looked at); zeros and None if there is no choice to make."""
+        """(the gate's scores (L,), what it read); zeros and None if there is no choice to make."""
         docs, query, gate, L = context.docs, None, settings.gate, len(context.prompt.chunks)
         if gate == "none" or settings.mode not in ("refrag", "truncate") or not 0 < settings.p < 1 or not L:
             return np.zeros(L), None
@@ -4985,14 +4982,14 @@ class Pipeline:
 
     @property
     def batches(self) -> bool:
-        """Whether answers can be decoded together and be what each is alone; a CPU's products in bfloat16 round by
-        their shape."""
+        """Whether answers that are decoded together are those decoded alone: on a CPU in bfloat16 rounding depends on a
+        product's shape."""
         exact = self.device.type != "cpu" or self.model.decoder.dtype == torch.float32 or self.stepper is not None
         return self.attends and exact
 
     def start(self, readings: Sequence[Reading]) -> tuple[int, DecoderState | None]:
-        """The positions before the first document if all the prompts share them, and the decoder's state after these.
-        The last one is kept, so that the instructions before nearly all prompts are read once."""
+        """The number of positions before the first document, 0 if the prompts differ there, and the decoder's state
+        after them. The last state is kept: the instructions, the same in nearly all prompts, are read once."""
         starts = {tuple(reading.plan[: blocks[0][0]].tolist()) if (blocks := reading.context.prompt.blocks) else ()
                   for reading in readings}
         if len(starts) > 1 or not max(starts) or not self.attends:
@@ -5004,7 +5001,7 @@ class Pipeline:
         return len(start), self.started[1]
 
     def prefill(self, readings: Sequence[Reading]) -> tuple[Tensor, DecoderState]:
-        """Read prompts after what they share: together, on a CPU one after the other."""
+        """Read what follows the shared start of the prompts: together, on a CPU one by one."""
         known, start = self.start(readings)
         inputs = [reading.inputs[known:] for reading in readings]
         if self.device.type == "cpu":
@@ -5025,7 +5022,7 @@ class Pipeline:
         settings, writers, remote = readings[0].settings, writers or [None] * len(readings), self.remote
         if len(readings) > 1 and (remote or not self.batches):
             pairs = [([reading], [write]) for reading, write in zip(readings, writers, strict=True)]
-            with ThreadPoolExecutor(len(pairs)) as pool:  # a server takes them all at once
+            with ThreadPoolExecutor(len(pairs)) as pool:  # a vLLM server batches them itself
                 alone = pool.map if remote else map
                 return [result for [result] in alone(lambda pair: self.generate(*pair), pairs)]
         for reading in readings if settings.show_prompt else ():
@@ -5125,10 +5122,10 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     start = time.perf_counter()
     needs_index = generate.prompt is None and pack.mode != "none"
     if needs_index:
-        index_manifest(index.index_dir)  # fail before anything is loaded if this is not an index
+        index_manifest(index.index_dir)  # fails before models are loaded if this is no index
     engine = importlib.import_module(f"refrag_extras.{'vllm' if runtime.remote else 'cpu'}_engine")
     model = engine.load_model(models, pack, runtime) if runtime.remote else load_model(models, runtime)
-    with ThreadPoolExecutor(1) as aside:  # a second of arithmetic, beside the embedder's imports
+    with ThreadPoolExecutor(1) as aside:  # quantising takes a second, meanwhile the embedder is imported
         stepper = aside.submit(engine.make_stepper, model.decoder, runtime.engine)
         searcher = load_searcher(index, search, runtime) if needs_index else None
         embedder = searcher.embedder if searcher else None
@@ -5138,7 +5135,7 @@ def load_pipeline(index: IndexConfig, search: SearchConfig, pack: PackConfig, ge
     pipeline = Pipeline(model, searcher, embedder, search, pack, generate, runtime.seed, stepper.result())
     if pipeline.device.type == "cpu":
         importlib.import_module("refrag_extras.runs").keep_memory()
-    with contextlib.suppress(TooLongError):  # a question, so that the first one pays for no lazy initialisation
+    with contextlib.suppress(TooLongError):  # warm up, so that the first question pays for no lazy initialisation
         pipeline.answer("warm up" if needs_index else "warm up <doc id='1'>warm up</doc>", topk=1, max_new=2,
                         temperature=0.0, cite=False, show_prompt=False, stop_tokens=frozenset(), hops=1)
     pipeline.load_s = time.perf_counter() - start
@@ -5164,8 +5161,7 @@ def open_pipeline(index_dir: str | Path | None = None, **options: Any) -> Pipeli
 
 
 # =============================================================================
-# 12. Commands. The way into the program and out of it. What a command does is
-#     in its companion, which is imported here.
+# 12. Commands. The way into the program and out of it. What a command does is in its companion, imported here.
 # =============================================================================
 
 

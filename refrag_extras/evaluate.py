@@ -556,7 +556,7 @@ def gate_scores(opened: np.ndarray, spans: list[list[int]], right: list[set[int]
 
 class TextTask(Task):
     """A task over texts: what the decoder makes of vectors, teacher forced. Kinds have `size`, the tokens of a window,
-    and sequences(mode, k), what the decoder is asked."""
+    and sequences(mode, k), what the decoder reads and should say."""
 
     modes: tuple[str, ...] = ()
     without_wrong = ""  # how to do without that control
@@ -608,7 +608,7 @@ class TextTask(Task):
         for k in ks:
             if ("texts", mode, k) not in done:
                 yield {"id": "texts", "mode": mode, "k": k, **measured, "texts": len(sequences),
-                       "tokens": sum(s.asked for s in sequences),
+                       "tokens": sum(s.n_labels for s in sequences),
                        "positions": round(statistics.fmean(len(s.plan) for s in sequences), 2)}
 
 
@@ -692,14 +692,14 @@ class ReconTask(TextTask):
     @torch.inference_mode()
     def continue_freely(self, sequence: refrag.TrainingSequence) -> list[int]:
         """The tokens that the decoder puts in the place of a sequence's answer, as many at most, greedily."""
-        decoder, device, asked = self.model.decoder, self.accelerator.device, sequence.asked
-        context = sequence.plan[: len(sequence.plan) - asked + 1]
+        decoder, device, size = self.model.decoder, self.accelerator.device, sequence.n_labels
+        context = sequence.plan[: len(sequence.plan) - size + 1]
         before = refrag.continue_plan(context, sequence.labels[-1:], sequence.content)
         with self.accelerator.autocast():
             batch = refrag.checked_batch([before], self.model.window).to(device)
             inputs, _, _ = self.model.embed(batch.plan, batch.chunk_ids, batch.sizes, self.model.chunk_states(batch))
             logits, state = refrag.prefill(decoder, [inputs])
-            [out], _ = refrag.decode(decoder, logits, state, max_new=asked, watch=refrag.Stopwatch(device),
+            [out], _ = refrag.decode(decoder, logits, state, max_new=size, watch=refrag.Stopwatch(device),
                               stops=refrag.stop_tokens(decoder, self.model.encoder.tokenizer.decoder),
                               pick=lambda logits: logits.argmax(-1))
         return out.tokens

@@ -75,7 +75,7 @@ def text_kinds(names: Sequence[str], options: dict[type, Any], encoder: refrag.C
             numbers = refrag.sample_evenly(range(len(held_out)), train.eval_limit)
             exam = recon_exam(held_out, numbers, ks, encoder) if name == "recon" else {
                 f"k{k}": [item for i, number in enumerate(numbers)
-                          if (item := make(held_out, number, k, np.random.default_rng([0, i]), 1.0)).sequence.asked]
+                          if (item := make(held_out, number, k, np.random.default_rng([0, i]), 1.0)).sequence.n_labels]
                 for k in ks}
         kinds[name] = Kind(len(sources[0]), functools.partial(make, sources[0]), exam)
     return kinds

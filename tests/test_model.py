@@ -246,8 +246,8 @@ def assert_like(got, expected):
 
 @torch.no_grad()
 def check_forward(model):
-    """The asked logits of a plain decoder, alone and together in a row; the vectors of the chunks, and what they should
-    stand for: means of the embeddings of each chunk's tokens."""
+    """The logits of a plain decoder where there are labels, alone and together in a row; the vectors of the chunks, and
+    what they should stand for: means of the embeddings of each chunk's tokens."""
     sequences, embed, expected = sequences_for(model), model.decoder.get_input_embeddings(), []
     for s, (text, _) in zip(sequences, QUESTIONS, strict=True):  # a plain call on embeddings put together here
         states = torch.as_tensor(model.encoder.encode([text], 4)[0])  # (L, E)
@@ -332,7 +332,7 @@ def test_long_texts_where_the_processor_multiplies_matrices(T, known, window, fu
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_texts_in_a_row_are_as_each_alone(name):
-    """Logits at the asked positions, scaled or capped as they are, and their gradients; where texts cannot share a row
+    """Logits where there are labels, scaled or capped as they are, and their gradients; where texts cannot share a row
     they are read one by one. Everything else that the decoder reads afterwards is as before."""
     config, packs = DECODERS[name]
     torch.manual_seed(0)
@@ -350,7 +350,7 @@ def test_texts_in_a_row_are_as_each_alone(name):
 
     expected = of(torch.cat([decoder(input_ids=ids[None], use_cache=False).logits[0][ids % 3 > 0] for ids in texts]))
     inputs = decoder.get_input_embeddings()(batch.plan)
-    for got, want in zip(of(refrag.asked_logits(decoder, inputs, batch)), expected, strict=True):
+    for got, want in zip(of(refrag.label_logits(decoder, inputs, batch)), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * max(1, want.abs().max().item()))
     assert refrag.can_pack(decoder) == packs
     after = of(torch.cat([decoder(input_ids=ids[None], use_cache=False).logits[0][ids % 3 > 0] for ids in texts]))

@@ -417,7 +417,7 @@ def test_continue_plan_golden():
     content = content_of([5, 6])
     sequence = refrag.continue_plan(np.array([1, -1]), np.array([7, 8]), content)
     assert shown(sequence) == ([1, -1, 7], [-1, 7, 8])
-    assert sequence.asked == 2 and sequence.content is content
+    assert sequence.n_labels == 2 and sequence.content is content
     assert shown(refrag.continue_plan(np.array([1]), np.array([7]), content)) == ([1], [7])
     for context, answer in (([], [7]), ([1], [])):
         with pytest.raises(ValueError, match="one position each"):

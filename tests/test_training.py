@@ -371,7 +371,7 @@ def test_a_blank_is_filled_from_one_of_several_passages(text_lessons, whole):
     lessons, counts, places = text_lessons("cloze", rows, seq_tokens=2000, p=(0.0, 0.5)), Counter(), set()
     for number, seed in itertools.product(range(len(TEXTS)), range(20)):
         item = lessons.draw(number, rng(20 * number + seed), 0.0)
-        if not item.sequence.asked:
+        if not item.sequence.n_labels:
             counts["without"] += 1
             assert refrag.blank_out(TEXTS[number], rng()) is None
             continue
@@ -681,7 +681,7 @@ def test_passes_share_one_order(options):
     every = [steps(batch_size=2, process=n, **options) for n in range(options.get("processes", 1))]
     for step in range(30):
         assert places(one[step]) == places(*(two[step] for two in every))
-        assert {two[step].asked for two in every} == {one[step].asked}
+        assert {two[step].label_weight for two in every} == {one[step].label_weight}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -716,7 +716,7 @@ def test_kinds_are_drawn_by_their_shares_and_their_labels_weighted(timed):
         assert {(item.positions, item.weight) for item in items} <= {(3, 0.15), (5, 1.0)}
     assert steps()[0].passes[0].weights.unique().tolist() == [1.0]
     one = made[0]
-    assert one.asked == pytest.approx(sum(float(each.weights.sum()) for each in one.passes))
+    assert one.label_weight == pytest.approx(sum(float(each.weights.sum()) for each in one.passes))
 
 
 def test_seeds_steps_and_draws_differ():
