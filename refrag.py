@@ -4925,8 +4925,8 @@ class Pipeline:
         if gate in VECTOR_GATES and self.embedder is not None:
             docs = self.filled(docs, settings.k, gate=True)
             query = self.embedder.embed_query(context.question)[0]
-        given = gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
-        return self.trained_gates[gate].scores(given) if gate in TRAINED_GATES else GATES[gate](given), given
+        inputs = gate_input(context.question, docs, query, self.index, self.seed, context.prompt, self.model.decoder)
+        return self.trained_gates[gate].scores(inputs) if gate in TRAINED_GATES else GATES[gate](inputs), inputs
 
     @torch.inference_mode()
     def inputs(self, context: Context, plan: np.ndarray, k: int) -> Tensor:
@@ -4965,13 +4965,13 @@ class Pipeline:
         with watch.stage("pack_s"):
             context = self.context(item, passages, settings)
         with watch.stage("gate_s"):
-            scores, given = self.score(context, settings)
+            scores, seen = self.score(context, settings)
             scores = scores if rescore is None else rescore(context, scores)
             expanded, kept, plan = feed_plan(context.prompt, scores, settings)
         self.check_window(len(plan), settings)
         with watch.stage("vectors_s"):
             inputs = self.inputs(context, plan, settings.k)
-        return Reading(item, settings, passages, context, given, scores, expanded, kept, plan, inputs, watch.seconds)
+        return Reading(item, settings, passages, context, seen, scores, expanded, kept, plan, inputs, watch.seconds)
 
     @functools.cached_property
     def attends(self) -> bool:

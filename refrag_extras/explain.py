@@ -18,10 +18,10 @@ def explain(pipeline: Pipeline, reading: Reading) -> list[dict[str, Any]]:
     if settings.mode == "truncate":
         reasons = ["text: before the cut" if stays else "left out: the context is cut before its end"
                    for stays in reading.expanded]
-    elif settings.mode == "refrag" and reading.given is not None:
+    elif settings.mode == "refrag" and reading.gate_input is not None:
         reasons = selection_reasons(reading.scores, prompt.sizes, settings.p, settings.floor)
         if settings.gate == "learned":
-            shares = feature_shares(pipeline.trained_gates["learned"], reading.given)
+            shares = feature_shares(pipeline.trained_gates["learned"], reading.gate_input)
     return [{"text": text, "why": why,
              "shares": {group: round(float(values[i]), 4) for group, values in shares.items()}}
             for i, (text, why) in enumerate(zip(texts, reasons, strict=True))]
