@@ -1,4 +1,4 @@
-"""What stands around the method: one file per command or optional engine. See refrag.py."""
+"""Everything but the method itself: one file per command or optional engine. See refrag.py."""
 
 import runpy
 

@@ -1,6 +1,5 @@
-"""The bundled decoder: a GGUF file, a Llama with a byte-level BPE tokenizer, as a Hugging Face folder in float32.
-
-Not by transformers, which parses the file four times (40 s instead of 10) and does not split numbers into digits.
+"""Converts the bundled decoder, a GGUF file of a Llama with a byte-level BPE tokenizer, to a Hugging Face folder in
+float32. Transformers would parse the file four times (40 s instead of 10) and not split numbers into digits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole documents as text with marks, which say from which character on a page, slide, sheet or section begins.
+"""Whole documents as text with marks: the characters at which pages, slides, sheets or sections begin.
 
 Markdown needs no library; PDF, Word, PowerPoint, Excel, EPUB and HTML files need those of the extra [docs].
 """

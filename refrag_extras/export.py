@@ -1,4 +1,4 @@
-"""`refrag.py export`: a mixed prompt as embeddings, and the request that vLLM takes it in."""
+"""`refrag.py export`: a mixed prompt as embeddings, and the request that sends it to vLLM."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """`refrag.py generate`: answers with citations and times, for people, as JSON or as a file that can be continued. Also
-what other commands that answer share with it."""
+what it shares with the other commands that answer."""
 
 from __future__ import annotations
 

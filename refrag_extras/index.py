@@ -1,9 +1,9 @@
 """`refrag.py index`: writes and changes an index folder.
 
 An index is a function of its corpus and of what models computed for each content (embedding, gate vectors, encoder
-states). That is kept by the digest of the content: in the generation before, and in the files of a build that was
-killed. So a first build, one that goes on, --add, --sync and --delete are one thing: read passages, compute what is
-new, lay out the columns, build FAISS and BM25, replace the manifest.
+states). These are found again by the digest of the content, in the current generation or in the files of a killed
+build. So a first build, a resumed one, --add, --sync and --delete all do the same: read passages, compute what is new,
+lay out the columns, build FAISS and BM25, replace the manifest.
 """
 
 from __future__ import annotations

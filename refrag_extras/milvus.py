@@ -4,10 +4,10 @@ A collection has a row for each passage: its fields, vector, chunk columns, word
 what --where compares. A row's number is a digest of its id, so that to write it again changes nothing. The environment
 variable MILVUS_TOKEN is sent along.
 
-What a folder promises and this does not: a build changes the collection batch by batch, so that a search meanwhile
-finds old passages and new ones; a build that was killed leaves a part: run it again; nothing keeps two writers apart;
-equal scores come in no order. Deleted passages count in BM25's statistics until the server compacts them; Milvus Lite
-has statistics for each of its files: after many changes, build into a new folder.
+Unlike an index folder: a build changes the collection batch by batch, so a search during it finds old passages and new
+ones, and a killed build leaves a part of its work (run it again); two writers at once are not detected; equal scores
+come in any order. Deleted passages count in BM25's statistics until the server compacts them. Milvus Lite keeps
+statistics for each of its files, so after many changes build into a new folder.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What commands share that run long and write a folder: facts on device, libraries and data, processes, memory, the
-folder's lock, the settings that a run keeps when it goes on, and the lines that were finished before."""
+"""Shared by the commands that run long and write a folder: facts about device, libraries and data; processes; memory;
+the folder's lock; the settings that a resumed run must share; the lines that are finished already."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`refrag.py cpt_align`, `cpt_recon`, `cpt_next`, `sft` and `train`: a phase of training from its options, in a folder
-that it can be continued in."""
+"""`refrag.py cpt_align`, `cpt_recon`, `cpt_next`, `sft` and `train`: a training phase from its options, in a folder
+from which it can be resumed."""
 
 from __future__ import annotations
 

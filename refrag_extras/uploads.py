@@ -1,7 +1,7 @@
 """`serve --writable`: files sent to the server become part of its index.
 
 `index --add` does the work in a process of its own, so that a file from elsewhere can neither block nor end the server.
-It builds the next generation beside the one that answers; the server goes on with that at its next request.
+It builds the next generation beside the current one; the server switches to it at its next request.
 """
 
 from __future__ import annotations

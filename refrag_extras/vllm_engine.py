@@ -1,9 +1,9 @@
 """Decoding by a vLLM server (`--engine vllm+http://HOST:PORT`): retrieval, gate, vectors and packing stay here.
 
 A mixed prompt has no token ids: it goes to /v1/completions as `prompt_embeds`, a tensor (P, D) as torch.save writes it,
-in base64. Token ids come back (`return_token_ids`), so that texts, stops and citations are made of them as ever.
-Of the decoder only its token embeddings are here, and the layers that the encoder is cut from. Whether the server has
-the same decoder is told by a fixed prompt, for which `export --decoder` keeps the log probabilities.
+in base64. Token ids come back (`return_token_ids`) and become text, stops and citations as with a decoder of our own.
+Only the decoder's token embeddings are loaded here, and the layers that the encoder is cut from. To make sure that the
+server has the same decoder, it continues a fixed prompt, whose log probabilities `export --decoder` has kept.
 """
 
 from __future__ import annotations
