@@ -473,7 +473,6 @@ EVAL_MODES = {  # what --modes may name
     "ppl": ("full", "refrag", "none", "truncate", "wrong_vectors"),
     "recon": ()}
 EVAL_ONLY_NAMED = ("cosine_gate", "oracle_gate", "ppl")  # run when --modes names them
-TEXT_TASKS = ("ppl", "recon")
 
 
 class EvalConfig(Options):
@@ -498,7 +497,7 @@ class EvalConfig(Options):
     resume: bool = opt(False, "continue in --out_dir; other --modes, --p and --limit of questions add to it")
 
     def check(self) -> None:
-        textual, valid = self.task in TEXT_TASKS, EVAL_MODES[self.task]
+        textual, valid = self.task in ("ppl", "recon"), EVAL_MODES[self.task]
         require(bool(self.texts if textual else self.qa), f"--{'texts' if textual else 'qa'} is missing: name a file")
         unknown = ", ".join(name for name in self.named if name not in valid)
         require(not unknown, f"--modes {unknown}: --task {self.task} knows {', '.join(valid) or 'none'}")
@@ -717,8 +716,8 @@ def classify(error: BaseException) -> tuple[int, str]:
     if isinstance(error, ImportError):
         return MissingError.code, f"library missing: {text}: run ./refrag_quickstart_auto_accel.sh, or pip install ."
     full = isinstance(error, MemoryError) or number in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
-    told = "DefaultCPUAllocator: can't allocate" in text or "(os error 28)" in text  # the second by safetensors
-    if full or told or type(error).__name__ == "OutOfMemoryError":
+    full |= "DefaultCPUAllocator: can't allocate" in text or "(os error 28)" in text  # the second by safetensors
+    if full or type(error).__name__ == "OutOfMemoryError":
         return ExhaustedError.code, f"disk or memory ran out: {text}: free some and run again"
     if isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR,
                                                  errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
@@ -2614,7 +2613,7 @@ def segment_means(states: Tensor, owners: Tensor, count: int) -> Tensor:
     return (sums / sizes.clamp_min(1).unsqueeze(1))[:count]
 
 
-QUERY_BLOCK = 128
+QUERY_BLOCK = 128  # queries of one product
 VARLEN = torch.__version__ >= (2, 12)  # the first one whose kernel takes grouped heads
 
 
@@ -2686,9 +2685,9 @@ def row_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any
     sizes = torch.tensor([0, *lengths], device=device)
     ends, P = sizes.cumsum(0), sum(lengths)
     starts = torch.repeat_interleave(ends[:-1], sizes[1:], output_size=P)
+    no_mask = torch.empty(1, 1, 1, 1, device=device)  # transformers makes none if it is given one of 4 dimensions
     return {"position_ids": (torch.arange(P, device=device) - starts)[None], "cu_seq_lens_q": ends.int(),
-            "max_length_q": max(lengths), "attention_mask": torch.empty(1, 1, 1, 1, device=device),  # 4D: make none
-            "use_cache": False}
+            "max_length_q": max(lengths), "attention_mask": no_mask, "use_cache": False}
 
 
 @torch.no_grad()
@@ -2706,7 +2705,7 @@ def can_pack(decoder: nn.Module) -> bool:
             decoder.set_attn_implementation("by_text")
             with contextlib.suppress(TypeError, ValueError, RuntimeError):
                 packed = decoder(input_ids=ids, **row_arguments([5, 7], weight.device))[0][:, 5:].float()
-                limit = 1e-3 if alone.dtype == weight.dtype else 0.1  # else rounding in bfloat16
+                limit = 1e-3 if weight.dtype == torch.float32 else 0.1  # bfloat16 rounds
                 decoder.packs = bool((packed - alone).norm() <= limit * alone.norm())
             if not decoder.packs:
                 decoder.set_attn_implementation("sdpa")
@@ -2907,7 +2906,7 @@ def lora_names(decoder: nn.Module) -> set[str]:
     return {name for name, _ in decoder.named_parameters() if ".lora_" in name}
 
 
-LORA_SCALE = 2
+LORA_SCALE = 2  # alpha by rank
 
 
 def linear_layers(decoder: nn.Module) -> dict[str, nn.Module]:
@@ -3011,8 +3010,8 @@ class RefragModel(PreTrainedModel):
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of the trained parts by file name. Under FSDP a collective call: every process must make it."""
-        letters, lora, parts = self.config.training_model, lora_names(self.decoder), {}
-        parts["projector"] = part_tensors(self.projector)
+        letters, lora = self.config.training_model, lora_names(self.decoder)
+        parts = {"projector": part_tensors(self.projector)}
         if "e" in letters:
             tensors, borrowed = part_tensors(self.encoder), self.encoder.borrowed
             parts["encoder"] = {name: tensor for name, tensor in tensors.items() if name not in borrowed}
@@ -3234,7 +3233,7 @@ MODEL_FLAGS = {"dec": "decoder_name_or_path", "enc": "encoder_name_or_path", "po
                "projector": "projector"}  # by their names in a checkpoint
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE / "data" if (HERE / "data" / "gate").is_dir() else HERE / "refrag_extras" / "data"  # pip puts it there
-SHIPPED_READER = SHIPPED / "reader"
+SHIPPED_GATE, SHIPPED_READER = SHIPPED / "gate", SHIPPED / "reader"
 
 
 def find_checkpoint(models: ModelConfig) -> Checkpoint | None:
@@ -3560,7 +3559,6 @@ def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> Query
     return gate.eval()
 
 
-SHIPPED_GATE = SHIPPED / "gate"
 VECTOR_GATES = ("learned", "policy", "blend", "cosine")  # read the embedder's vectors
 TRAINED_GATES = {"learned": "gate", "policy": "policy"}  # --gate -> the part of a checkpoint
 GATES = {"blend": blend_scores, "cosine": cosine_scores, "ppl": ppl_scores, "random": random_scores}
@@ -3922,30 +3920,30 @@ class Questions:
             for (flag, file), limit in zip(files.items(), (options.limit, train.eval_limit), strict=True))
 
     def draw(self, number: int, k: int, rng: Random, progress: float) -> Item:
-        p, taken_away = float(rng.choice(self.options.p)), bool(rng.random() < self.options.no_answer_frac)
-        return self.item(self.questions[number], rng, p, k, taken_away, self.options)
+        p, withhold = float(rng.choice(self.options.p)), bool(rng.random() < self.options.no_answer_frac)
+        return self.item(self.questions[number], rng, p, k, withhold, self.options)
 
     def exam(self) -> dict[str, list[Item]]:
         return {f"k{k}/p{p:g}": [self.item(found, np.random.default_rng([0, i]), p, k)
                                  for i, found in enumerate(self.held_out)]
                 for k in dict.fromkeys(self.train.k) for p in dict.fromkeys(self.options.p) if self.held_out}
 
-    def item(self, found: Retrieved, rng: Random, p: float, k: int, taken_away: bool = False,
+    def item(self, found: Retrieved, rng: Random, p: float, k: int, withhold: bool = False,
              vary: AnswersConfig | None = None) -> Item:
-        """A question with its passages. taken_away: without those that hold an answer; vary: also ask for sentences,
-        or leave vectors out, by its shares."""
+        """A question with its passages. withhold: without those that hold an answer; vary: its quote_frac and
+        expanded_only_frac say how often to ask for a whole sentence, or to leave the vectors out."""
         item, rows, _ = found
         question, right, most = item["question"], right_rows(self.index, item, rows), self.topk
         if self.options.topk_min is not None:
             most = int(rng.integers(self.options.topk_min, most + 1))
         others = [row for row in rows if row not in set(right)]
         without = [row for row in others if not answers_in(self.index, item, row)]
-        if (taken_away and without) or not right:  # a prompt without passages asks what the decoder knows
+        if (withhold and without) or not right:  # not if none is left: such a prompt asks what the decoder knows
             gold, answer, shown = None, NO_ANSWER, without[:most]
         else:
             gold, answer = right[0], str(rng.choice(item["answers"]))
             shown = [row for row in rows if row == gold or row in others][:most]
-            if gold not in shown:  # retrieval missed it, or few are shown: somewhere among the others
+            if gold not in shown:  # retrieval missed it, or few are shown: it gets a random place
                 shown = shown[: most - 1]
                 shown.insert(int(rng.integers(0, len(shown) + 1)), gold)
             if vary and vary.quote_frac and rng.random() < vary.quote_frac:
@@ -4056,8 +4054,8 @@ class Steps:
     """The batches of each optimizer step, a data set for data workers; they depend on the step and the seed alone.
 
     A step has about batch_size * seq_tokens positions (its cost) for each process and each of grad_accum, and at least
-    one item. Its items are drawn with generators of their own, each its kind, text or question, and k. Every process
-    draws all items and reads its share: several see what one would.
+    one item. Each item has a generator of its own, which draws its kind, text or question, and k. Every process draws
+    all items of a step and keeps its share, so that several processes see what one would.
     """
 
     def __init__(self, kinds: dict[str, Kind], shares: Sequence[dict[str, float]], train: TrainConfig, *,
@@ -4130,15 +4128,15 @@ class Steps:
 
 
 def begin_worker(worker: int) -> None:
-    """Ctrl-C is for the process that trains. Of tokenizers' threads a fork has none, and would wait for them."""
+    """Leave Ctrl-C to the process that trains, and tokenise in one thread: a fork would wait for threads it lacks."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def share_out(items: list[Item], processes: int, positions: int) -> list[list[Item]]:
-    """Items in passes of about as many positions each, `positions` or more a process, which takes [i::processes].
+    """Items in passes of about as many positions each, at least `positions` for each process.
 
-    The longest come first, each to the pass that has the fewest positions. Every process has a part in every pass.
+    The longest come first, each to the pass that has the fewest positions. Process i of n reads [i::n] of every pass.
     """
     count = min(sum(item.positions for item in items) // (positions * processes), len(items) // processes)
     passes: list[list[Item]] = [[] for _ in range(max(count, 1))]
@@ -4265,8 +4263,8 @@ class Trainer:
         """How far the run is, and how far it goes: in steps, or in seconds."""
         return (self.seconds, self.train.seconds) if self.train.seconds else (self.step, self.train.steps)
 
-    def tell_time(self) -> float:
-        """The share of the run that is done, which data workers are told as well."""
+    def update_clock(self) -> float:
+        """The share of the run that is done, which data workers read from the clock of `Steps`."""
         done, whole = self.done
         self.steps.clock.fill_(min(done / whole, 0.9999))
         return done / whole
@@ -4315,7 +4313,7 @@ class Trainer:
 
     def fit(self, log: Any, received: list[int]) -> None:
         """Train to the end, or until there is a signal in `received`. log: a `RunLog` of refrag_extras/runs.py."""
-        self.tell_time()  # of a run that goes on
+        self.update_clock()  # a resumed run does not begin at 0
         bar = progress(None, self.facts["phase"], round(self.done[1]), "s" if self.train.seconds else "step",
                        done=int(self.done[0]))
         with contextlib.closing(bar):
@@ -4323,7 +4321,7 @@ class Trainer:
             for step in self.steps.run(self.step, self.accelerator.device):
                 terms = self.run_step(step)
                 self.seconds += time.perf_counter() - start
-                last = self.tell_time() >= 1
+                last = self.update_clock() >= 1
                 pace = (self.tokens - since[1]) / (self.seconds - since[0])
                 bar.set_postfix_str(f"loss {terms['loss']:.4f}, {pace:,.0f} tokens/s", refresh=False)
                 bar.update(int(self.done[0]) - bar.n)
@@ -4443,8 +4441,8 @@ def control(name: str, sequences: list[TrainingSequence], sources: list[frozense
     if name == "full":
         return [with_text(s) for s in sequences]
     if name == "none":  # impossible if a vector with a label has no token before it
-        made = [without_vectors(s) for s in sequences]
-        return made if sum(s.n_labels for s in made) == sum(s.n_labels for s in sequences) else []
+        bare = [without_vectors(s) for s in sequences]
+        return bare if sum(s.n_labels for s in bare) == sum(s.n_labels for s in sequences) else []
     if len({source for s, source in zip(sequences, sources, strict=True) if s.content.chunks}) < 2:
         return []
     others = [next(other for other in others_apart_first(n, len(sources), sources.__getitem__)
@@ -4465,7 +4463,7 @@ def others_apart_first(number: int, count: int, source: Callable[[int], frozense
 # =============================================================================
 
 HOP_QUESTION = "Which person, place or thing in the documents is meant by: "
-HOP_TOKENS = 24  # of what it names, at most
+HOP_TOKENS = 24  # that the decoder may write in reply
 CITATION_TOKENS = 16  # that `choose_citation` may feed at most
 LONGEST_CITATION = 66  # characters, brackets included
 Writer = Callable[[str], bool | None] | None  # receives an answer as it grows; True ends it
