@@ -1187,8 +1187,7 @@ def kind_of(path: Path) -> str:
 
 
 class TextFile:
-    """The lines or records of a file, "-" for standard input, also gzipped or in UTF-16. counts: of those skipped and
-    replaced."""
+    """The lines or records of a file, "-" for standard input, also gzipped or in UTF-16. counts: skipped, replaced."""
 
 
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
@@ -1523,9 +1522,8 @@ def weights_fingerprint(module: nn.Module, *facts: Any) -> str:
 
 
 def check_tokens(name: str, tokenizer: Any, model: nn.Module | None, around: Callable[[str], str] = str) -> None:
-    """Raise MismatchError if a text can contain a token that the model has no embedding for. model: None skips the
-    check. around: puts a text into its template, whose special tokens need embeddings too; others, as padding, do not.
-    """
+    """Raise MismatchError if a text can contain a token that the model (None: unknown) has no embedding for. around:
+    adds what surrounds every text, as its template does; other special tokens, such as padding, need no embedding."""
     if model is None:
         return
     rows, added = len(model.get_input_embeddings().weight), tokenizer.added_tokens_decoder
@@ -1562,6 +1560,8 @@ def tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[Token
 
 
 class Embedder:
+    """The retrieval model: vectors of questions, passages and chunks, which are compared by cosine or dot product."""
+
     def __init__(self, name: str, model: Any, dtype: torch.dtype = torch.float32):
         require(model.similarity_fn_name in (None, "cosine", "dot"),
                 f"--embed_model {name}: only cosine and dot similarity are supported, not {model.similarity_fn_name}")
@@ -1963,6 +1963,8 @@ def rule_query(question: str, passages: Sequence[Passage]) -> str:
 
 
 class Searcher:
+    """Finds the passages of an index that answer a question, by one retriever or both, over one hop or several."""
+
     def __init__(self, index: Index, retriever: str, embedder: Embedder | None, reranker: Callable | None = None):
         uses = RETRIEVERS[retriever]
         lacking = set(uses) - set(index.manifest["uses"])
@@ -2117,9 +2119,8 @@ def first_tokens(tokens: Tokens, places: Sequence[int]) -> np.ndarray:
 def split_docs(text: str) -> Iterator[tuple[str, str | None]]:
     """A text's parts in order, each with the id of the <doc id="ID" ..> .. </doc> whose content it is, None outside.
 
-    Quotes and case do not matter, nor do other attributes. A block without an id, with a broken attribute or with
-    another tag inside is plain text.
-    """
+    Quotes, case and other attributes do not matter. A block without an id, with a broken attribute or with another tag
+    inside is plain text."""
     at = 0
     for match in DOC_BLOCK.finditer(text):
         values = {a[1].lower(): a[2] or a[3] or a[4] or "" for a in ATTRIBUTE.finditer(match[1])}
@@ -2264,9 +2265,8 @@ def render_chat(tokenizer: Any, message: str, system: str = "") -> str:
 def build_prompt(tokenizer: RefragTokenizer, pieces: Sequence[str | Doc], system: str = "") -> Prompt:
     """Tokenise text pieces and documents as ONE string in the chat template, and find the chunks in it.
 
-    The whole is tokenised at once, so that feeding every token is, token for token, plain prompting; chunks are then
-    ranges of these tokens. A token belongs to the chunk in which it starts. Raises UserError if the template alters
-    the message.
+    So feeding every token is, token for token, plain prompting, and chunks are ranges of these tokens. A token belongs
+    to the chunk in which it starts. Raises UserError if the template alters the message.
     """
     message, spans = "", []  # spans: (document, start of its tag, start of its content, end of its closing tag)
     for piece in pieces:
@@ -2882,8 +2882,8 @@ def collate(sequences: Sequence[TrainingSequence]) -> Batch:
 
 
 def label_logits(decoder: nn.Module, inputs: Tensor, batch: Batch) -> Tensor:
-    """(N, V) logits at the positions with a label; the LM head runs over no others. inputs: (P, D), read in one row if
-    the decoder `can_pack`, else text by text."""
+    """(N, V) logits at the positions with a label; the LM head runs over no others. inputs: (P, D), in one row if the
+    decoder `can_pack`, else text by text."""
 
     if can_pack(decoder):
         row = row_arguments(batch.lengths, inputs.device)
@@ -3066,8 +3066,7 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
 class Checkpoint:
-    """A checkpoint folder: config.json and manifest (other programs' folders have none) are read once, tensors on
-    request."""
+    """A checkpoint folder. config.json and the manifest, if there is one, are read at once, tensors on request."""
 
     def __init__(self, path: Path):
         """Raises UserError, CorruptError, MismatchError."""
@@ -3095,8 +3094,7 @@ class Checkpoint:
         verify_files(self.path, {name: files[name] for name in files if name != CARD}, CHECKPOINT_FORMAT, read_all=True)
 
     def tensors(self, name: str, expected: dict[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
-        """The tensors of a part's file. expected: their shapes. Raises CorruptError, or MismatchError that names one.
-        """
+        """The tensors of a part's file. expected: their shapes. Raises CorruptError, MismatchError (names a tensor)."""
         path = self.path / f"{name}.safetensors"
         if not path.is_file():
             raise CorruptError(f"{path} is missing: the checkpoint is incomplete")
@@ -3533,8 +3531,7 @@ def known_gate(config: RefragConfig, kind: str, fingerprint: str | None) -> dict
     facts = getattr(config, kind)
     if facts is None and kind == "gate" and (SHIPPED_GATE / "config.json").is_file():
         facts = Checkpoint(SHIPPED_GATE).config.gate
-    known = facts is not None and fingerprint is not None and facts.get("embedder_fingerprint") == fingerprint
-    return facts if known else None
+    return facts if facts and fingerprint and facts.get("embedder_fingerprint") == fingerprint else None
 
 
 def load_gate(model: RefragModel, kind: str, embedder: Embedder | None) -> QueryGate | None:
@@ -4237,6 +4234,8 @@ def measure_sequences(model: RefragModel, sequences: list[TrainingSequence], bat
 
 
 class Trainer:
+    """One phase of training: steps, evaluation, and checkpoints from which it continues."""
+
     def __init__(self, model: RefragModel, steps: Steps, weights: dict[str, float], accelerator: Any,
                  teacher: nn.Module | None, facts: dict[str, Any]):
         """weights: of `loss_terms`; facts: of this phase, for the checkpoint's history."""
@@ -4842,7 +4841,7 @@ class Pipeline:
         self.tokenizer, self.device = model.encoder.tokenizer, next(model.decoder.parameters()).device
         self.index = searcher.index if searcher else None
         built = self.index.manifest["chunking"] if searcher else {}
-        self.stored = self.index if built.get("tokenizer") == self.tokenizer.fingerprint else None
+        self.stored = self.index if built.get("tokenizer") == self.tokenizer.fingerprint else None  # if it cuts alike
         if built.get("encoder") not in (None, model.encoder.fingerprint):
             raise MismatchError("the index holds chunk vectors of another encoder: use the --enc, --dec and --load_dir "
                                 "it was built with, or build it again")
@@ -4879,8 +4878,7 @@ class Pipeline:
         return self.searcher.search(item["question"], settings.topk, settings.hops, settings.where, following)
 
     def written_query(self, question: str, passages: Sequence[Passage]) -> str:
-        """The query of the next hop: the question and what the decoder says to look up, or `rule_query` if that adds
-        nothing."""
+        """The query of the next hop: the question and what the decoder adds to it; if that is nothing, `rule_query`."""
         settings = self.settings_for(mode="full", max_new=HOP_TOKENS, temperature=0.0, cite=False, stop=("\n",),
                                      show_prompt=False, explain=False)
         asked = {"id": "", "question": HOP_QUESTION + question}
@@ -4980,8 +4978,7 @@ class Pipeline:
 
     @property
     def batches(self) -> bool:
-        """Whether answers that are decoded together are those decoded alone: on a CPU in bfloat16 rounding depends on a
-        product's shape."""
+        """Whether answers come out the same decoded together or alone: in bfloat16 CPUs round by a product's shape."""
         exact = self.device.type != "cpu" or self.model.decoder.dtype == torch.float32 or self.stepper is not None
         return self.attends and exact
 
