@@ -331,7 +331,7 @@ class GenerateConfig(Options):
     top_p: float = opt(1.0, "nucleus sampling from the smallest set of this probability", above=0, high=1)
     hop_query: str = opt("rule", "with --hops: how the next query is made; model: the decoder writes it from what was "
                          "found", choices="rule model")
-    stop: tuple[str, ...] = opt((), "texts that end the answer and are no part of it")
+    stop: tuple[str, ...] = opt((), "texts that end the answer, without being part of it")
     cite: bool = opt(True, "if the answer cites nothing, let the decoder choose a passage")
     stream: bool = opt(True, "print the answer as it is decoded")
     show_prompt: bool = opt(False, "print the prompt, compressed chunks as [[..]]")
@@ -381,19 +381,19 @@ class TrainConfig(Options):
         f"{name} {phase.train}" for name, phase in PHASES.items()))
     lora_r: int = opt(0, "train the decoder through LoRA of this rank; 0: all its weights", low=0)
     steps: int = opt(1000, "optimizer steps", low=1)
-    seconds: float | None = opt(None, "end after so much training instead, whatever --steps says", above=0)
+    seconds: float | None = opt(None, "train for this many seconds, whatever --steps says", above=0)
     lr: float | None = opt(None, f"peak learning rate; default {LORA_LR:g} with --lora_r, else " + ", ".join(
         f"{name} {phase.lr:g}" for name, phase in PHASES.items()), above=0, high=1e30)
     projector_lr: float | None = opt(None, "the projector's own peak learning rate; default --lr", above=0, high=1e30)
     encoder_lr: float | None = opt(None, "the encoder's own peak learning rate; default --lr", above=0, high=1e30)
     distill: float = opt(0.0, "weight of the divergence from the decoder before this phase, on the full text", low=0)
     batch_size: int = opt(8, "sequences of --seq_tokens positions, or as many positions of shorter ones", low=1)
-    grad_accum: int = opt(1, "times --batch_size per optimizer step and process", low=1)
+    grad_accum: int = opt(1, "batches of --batch_size per optimizer step and process", low=1)
     seq_tokens: int = opt(512, "text tokens of a sequence; longer texts become several")
     workers: int | None = opt(None, "processes that prepare the batches; default 0 on a CPU, else by its cores", low=0)
     warmup: float = opt(0.04, "share of the steps with a rising learning rate", low=0, below=1)
     weight_decay: float = opt(0.01, "weight decay of matrices", low=0)
-    grad_clip: float = opt(1.0, "gradient norm at most; 0: as it is", low=0)
+    grad_clip: float = opt(1.0, "largest gradient norm; larger ones are scaled down; 0: no limit", low=0)
     log_every: int = opt(10, "steps between lines of metrics.jsonl", low=1)
     eval_every: int = opt(0, "steps between evaluations; 0: only first and last", low=0)
     eval_limit: int = opt(32, "sequences of each kind in an evaluation", low=1)
@@ -492,7 +492,7 @@ class EvalConfig(Options):
     batch_size: int = like(GenerateConfig, "batch_size")
     context_tokens: int = opt(256, "with ppl and recon: tokens that are compressed")
     next_tokens: int = opt(128, "with ppl: tokens after them that are predicted", low=1)
-    limit: int | None = opt(None, "at most so many questions or texts, evenly spread; 2n - 1 include those of n", low=1)
+    limit: int | None = opt(None, "most questions or texts to use, evenly spread; 2n - 1 include those of n", low=1)
     out_dir: str | None = opt(None, "folder for questions.jsonl, results.json, report.md, quality.png and sample.md")
     resume: bool = opt(False, "continue in --out_dir; other --modes, --p and --limit of questions add to it")
 
@@ -546,7 +546,7 @@ class ServeConfig(Options):
     host: str = opt("127.0.0.1", "address to listen on; if other machines may reach it, set --api_key")
     port: int = opt(8000, "port to listen on, 0 for a free one", low=0, high=65535)
     api_key: str | None = opt(None, "what clients must send as bearer token; better as REFRAG_API_KEY")
-    cors: tuple[str, ...] = opt((), "origins whose pages may ask this server, as https://app.example")
+    cors: tuple[str, ...] = opt((), "origins whose pages may call this server, such as https://app.example")
     waiting: int = opt(64, "requests that may wait; further ones get 429", low=1)
     timeout: float = opt(120.0, "seconds from a request to the end of its answer", above=0)
     writable: bool = opt(False, "let clients add files to the index; beyond this machine only with --api_key")
@@ -1099,7 +1099,7 @@ NOT_AS_NAMED = "rename it, or leave it out"
 TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
 ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
 QUESTION_FIELDS = ("question", "query", "text")
-NAMED = 10  # so many bad records and files are named one by one, the rest are only counted
+NAMED = 10  # bad records and files beyond this many are counted, but not named
 SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*")
 PLACES = {"page": "page", "slide": "slide", "sheet": "sheet", "heading": "section"}  # field: its word in a citation
 
@@ -3768,7 +3768,7 @@ def reconstruction(encoder: ChunkEncoder, ids: np.ndarray, cuts: np.ndarray, k: 
 
 
 def curriculum_lengths(size: int, k: int) -> list[int]:
-    """Text lengths, in chunks, that fit so many tokens: 1, 2, 4, .."""
+    """Text lengths, in chunks of k, that fit into `size` tokens: 1, 2, 4, .."""
     return [2**n for n in range(int(math.log2(size // k)) + 1)]
 
 
@@ -4246,11 +4246,11 @@ class Trainer:
         for part in (model.decoder, model.encoder.backbone):
             if train.activation_checkpointing:
                 part.activation_checkpointing_enable()
-            for layer in part.modules() if train.activation_checkpointing else ():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.training = True  # it asks for that; not its parts, whose dropout stays off as everywhere here
+                for layer in part.modules():
+                    if isinstance(layer, GradientCheckpointingLayer):
+                        layer.training = True  # or it would not checkpoint; its parts stay without dropout
             if train.torch_compile:
-                can_pack(part)  # is tried before
+                can_pack(part)  # found out now, since the answer is not to be compiled
                 part.compile(dynamic=True)  # once, whatever the lengths
         self.wrapped, self.optimizer = accelerator.prepare(model, self.optimizer)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
@@ -4867,7 +4867,7 @@ class Pipeline:
         return dataclasses.replace(settings, gate=gate, heuristic=False, compressed="feed" if feed else "drop")
 
     def refresh(self) -> None:
-        """Between two answers: go on with the index as it is now."""
+        """Switch to the index as it is now; to be called between two answers."""
         if self.index is not None:
             self.index.refresh()
 
