@@ -1613,7 +1613,8 @@ class Embedder:
 
 def load_embedder(name: str | None, runtime: RuntimeConfig) -> Embedder:
     name, device = name or next(iter(BUNDLED)), pick_device(runtime.device)
-    with hub_errors(name):
+    with hub_errors(name), torch.random.fork_rng([]):
+        torch.manual_seed(0)  # the fingerprint knows a pooler that the folder lacks and transformers makes up
         path, plain = model_path(name), importlib.import_module("refrag_extras.mean_embedder").MeanEmbedder
         if plain.fits(path):
             model = plain(path).eval().to(device)
@@ -2548,9 +2549,13 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(model_folder(name))
 
 
+def load_weights(kind: Any, name: str, device: torch.device, **options: Any) -> nn.Module:
+    """A transformers model, of T5 and the like its encoder. Raises MismatchError if its folder lacks a weight."""
+    return importlib.import_module("refrag_extras.weights").load(kind, name, device, **options)
+
+
 def load_decoder(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    with hub_errors(name):
-        return AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=dtype, **SAFE).to(device).eval()
+    return load_weights(AutoModelForCausalLM, name, device, dtype=dtype)
 
 
 def cut_config(config: Any, layers: int) -> None:
@@ -2559,16 +2564,6 @@ def cut_config(config: Any, layers: int) -> None:
     for name in ("layer_types", "layers_block_type"):
         if vars(config).get(name):
             setattr(config, name, getattr(config, name)[:layers])
-
-
-def load_first_layers(config: RefragConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The decoder without its head, and with no more layers than the encoder is cut from. The others are not read."""
-    layers = encoder_layers(config.encoder_name_or_path) or 0
-    with hub_errors(config.decoder_name_or_path):
-        folder = model_folder(config.decoder_name_or_path)
-        shape = AutoConfig.from_pretrained(folder)
-        cut_config(shape, min(layers, shape.num_hidden_layers))  # layers beyond these would get random weights
-        return AutoModel.from_pretrained(folder, config=shape, dtype=dtype, **SAFE).to(device).eval()
 
 
 def first_layers(decoder: nn.Module, layers: int, *, share: bool = True, share_embeddings: bool = True) -> nn.Module:
@@ -3207,8 +3202,7 @@ def build_model(config: RefragConfig, device: torch.device, dtype: torch.dtype, 
         backbone = first_layers(decoder, layers, share=not trained & {"e", "d"} and not config.lora,
                                 share_embeddings="d" not in trained)  # adapters leave the embeddings alone
     else:
-        with hub_errors(config.encoder_name_or_path):
-            backbone = AutoModel.from_pretrained(model_folder(config.encoder_name_or_path), dtype=dtype, **SAFE)
+        backbone = load_weights(AutoModel, config.encoder_name_or_path, device, dtype=dtype)
         check_base(config, "encoder", backbone)
         check_tokens(config.encoder_name_or_path, tokenizer.encoder, backbone)
     encoder = ChunkEncoder(backbone.to(device).eval(), tokenizer, contextual=layers is not None, pooling=config.pooling)
@@ -3237,19 +3231,22 @@ SHIPPED_GATE, SHIPPED_READER = SHIPPED / "gate", SHIPPED / "reader"
 def find_checkpoint(models: ModelConfig) -> Checkpoint | None:
     """The checkpoint of --load_dir, or the shipped one if it is for the named models; None without one.
 
-    Raises MismatchError if --load_dir's was made with other models than those named.
+    Raises MismatchError if --load_dir's was made with other models than those named; their folders may have moved.
     """
     shipped = models.load_dir == "auto"
     if models.load_dir in (None, "none") or (shipped and not (SHIPPED_READER / "config.json").is_file()):
         return None
     checkpoint = open_checkpoint(SHIPPED_READER if shipped else models.load_dir)
-    for flag, key in MODEL_FLAGS.items():
-        named, own = getattr(models, flag), getattr(checkpoint.config, key)
-        if named not in (None, own) and shipped:
-            return None
-        if named not in (None, own):
-            raise MismatchError(f"--load_dir {checkpoint.path} was made with --{flag} {own}, not {named}: leave the "
-                                "flag out, or name another checkpoint")
+    config = checkpoint.config
+    changed = [flag for flag in MODEL_FLAGS if getattr(models, flag) not in (None, getattr(config, MODEL_FLAGS[flag]))]
+    if changed and shipped:
+        return None
+    for flag, key in ((flag, MODEL_FLAGS[flag]) for flag in changed):
+        named = getattr(models, flag)
+        if not Path(named).is_dir() or not getattr(config, f"{key[:7]}_fingerprint", None):
+            raise MismatchError(f"--load_dir {checkpoint.path} was made with --{flag} {getattr(config, key)}, not "
+                                f"{named}: leave the flag out, or name another checkpoint")
+        setattr(config, key, named)  # the same model in another folder, or `check_base` refuses it
     return checkpoint
 
 
@@ -3272,10 +3269,11 @@ def model_config(models: ModelConfig, checkpoint: Checkpoint | None = None) -> R
 def load_model(models: ModelConfig, runtime: RuntimeConfig, train: str = "", lora_r: int = 0,
                encoder_only: bool = False) -> RefragModel:
     """The model of --load_dir, or an untrained one from --enc and --dec. encoder_only: its decoder is that of
-    `load_first_layers`. The rest: see `from_pretrained`."""
+    `load_first_layers` in refrag_extras/weights.py. The rest: see `from_pretrained`."""
     device, checkpoint = pick_device(runtime.device), find_checkpoint(models)
     dtype, config = pick_dtype(runtime.dtype, device), model_config(models, checkpoint)
-    decoder = load_first_layers(config, device, dtype) if encoder_only else None
+    layers = importlib.import_module("refrag_extras.weights").load_first_layers
+    decoder = layers(config, device, dtype) if encoder_only else None
     if checkpoint is None:
         return build_model(config, device, dtype, train, decoder)
     model = RefragModel.from_pretrained(checkpoint, device=device, dtype=dtype, train=train, lora_r=lora_r,

@@ -34,10 +34,8 @@ INT_MM = torch._int_mm
 RUNTIME = refrag.RuntimeConfig(device="cpu", dtype="float32")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-TEXTS = [
-    "The Rhone leaves Lake Geneva and crosses the old city under seven bridges. It floods in May.",
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+TEXTS = ["The Rhone leaves Lake Geneva and crosses the old city under seven bridges. It floods in May.",
     "Copper and tin make bronze, which melts at 950 degrees. Smiths in the valley cast bells from it.",
     "Ada Lovelace wrote notes on the Analytical Engine; the notes hold an algorithm for Bernoulli numbers.",
     "El río Ebro nace en Cantabria y desemboca en el Mediterráneo. Its delta grows rice.",
@@ -97,8 +95,7 @@ SMALL = {"vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 3, "max_posi
          "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 MAMBA = {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16}
-DECODERS = {
-    "llama": lambda: transformers.LlamaConfig(**SMALL, **ATTENTION),
+DECODERS = {"llama": lambda: transformers.LlamaConfig(**SMALL, **ATTENTION),
     "qwen2": lambda: transformers.Qwen2Config(**SMALL, **ATTENTION),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=600, n_embd=32, n_layer=3, n_head=4, n_positions=2048,
                                             bos_token_id=1, eos_token_id=2, pad_token_id=2),

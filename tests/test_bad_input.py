@@ -27,8 +27,7 @@ def asked(**wrong: object) -> list[dict]:
     return [*ASKED, {"question": "What?", "answers": ["bronze"], "positive_ids": ["b"]} | wrong]
 
 
-CORPORA = [
-    ("c.txt", b"", "no passages in it"), ("c.txt", b"\n \r\n\t\n\n", "no passages in it"),
+CORPORA = [("c.txt", b"", "no passages in it"), ("c.txt", b"\n \r\n\t\n\n", "no passages in it"),
     ("c.jsonl", b"", "no passages in it"), ("c.txt", b"good\nb\xffd\n", r"c\.txt:2: invalid UTF-8: "),
     ("c.jsonl", b'{"text": "good"}\n{"text": \n', r"c\.jsonl:2: malformed JSON"),
     ("c.jsonl", [GOOD, {"id": "x", "text": "b"}, {"id": "new", "text": "c"}],
@@ -49,22 +48,18 @@ TRAINING = [
         5, [], {"s": -1, "o": 9}, {"s": 9, "o": "a"}, {"s": True, "o": 9})),
     ([{"text": LONG, "split": {"s": 2**40, "o": 9}}], "PATH:1: split"),
     ([{"text": "ab"}] * 3, "PATH: every text is shorter than 5 tokens, which --k 4 needs")]
-QUESTIONS = [
-    (b"", "PATH: the file holds no question"), (b"\n \n", "PATH: the file holds no question"),
+QUESTIONS = [(b"", "PATH: the file holds no question"), (b"\n \n", "PATH: the file holds no question"),
     (b'{"question": "a"}\n{"question": \n', "PATH:2: malformed JSON"),
     ([*ASKED, {"answers": ["x"]}], "PATH:3: no question (nor query, text) among its keys: answers"),
     (asked(question=" "), "PATH:3: the question is empty"),
     ([q | {"id": 7} for q in ASKED], "PATH: ids are not unique"),
     ([*ASKED, {"question": "Who?"}], "PATH: question 3 has no list of answers"),
     *((asked(answers=answers), "PATH: question 3 has no list of answers") for answers in (
-        None, "Ada", [1843], ["Ada", " "])),
-    ([q | {"answers": []} for q in ASKED], "PATH: no question has an answer"),
+        None, "Ada", [1843], ["Ada", " "])), ([q | {"answers": []} for q in ASKED], "PATH: no question has an answer"),
     (asked(answers=["\ud800"]), "PATH: question 3: an answer holds half of a surrogate pair"),
     *((asked(positive_ids=ids), "PATH: question 3: positive_ids must be a list of ids") for ids in (
-        5, "abc", {"c": 1})),
-    (asked(positive_ids=[["c"]]), "PATH: question 3: id must be a string, got list")]
-FILES = [
-    *(("index", "--corpus", name, content, told) for name, content, told in CORPORA),
+        5, "abc", {"c": 1})), (asked(positive_ids=[["c"]]), "PATH: question 3: id must be a string, got list")]
+FILES = [*(("index", "--corpus", name, content, told) for name, content, told in CORPORA),
     *(("add", "--corpus", name, content, told) for name, content, told in CORPORA[3:5]),
     *(("cpt_next", "--train_json", "t.jsonl", content, told) for content, told in TRAINING),
     *(("cpt_next", "--eval_json", "t.jsonl", content, told) for content, told in TRAINING[4:6]),

@@ -158,8 +158,7 @@ BENCH = ["bench", "--index_dir", "i"]
     (["search", "--index-dir=my-own--folder"], "index_dir", "my-own--folder"),
     *((["search", "--question", words], "question", words) for words in (
         "what is a well-known --flag-name for?", "--who-is that?", "-5 degrees")),
-    (["search", "--question=--a-b"], "question", "--a-b"),
-    ([*BENCH, "--p", "0,.1", "1e-2"], "p", (0.0, 0.1, 0.01)),
+    (["search", "--question=--a-b"], "question", "--a-b"), ([*BENCH, "--p", "0,.1", "1e-2"], "p", (0.0, 0.1, 0.01)),
     *(([*BENCH, "--modes", *words], "modes", ("full", "none")) for words in (["full,none"], ["full", "none"])),
     ([*BENCH, "--k", "4,8", "--k", "16"], "k", (16,)),
     (["index", "--corpus", "a,b.txt", "c d.txt", "--corpus", "e"], "corpus", ("a,b.txt", "c d.txt", "e"))], ids=str)
@@ -181,8 +180,7 @@ def test_flags_take_dashes_and_values_stay_as_they_are(argv, name, value):
     (["bench", "--p", ".1,many"], "--p: ['.1,many'] is not a number"), (["bench", "--k"], "--k is empty"),
     (["bench", "--modes", "full,magic"], "--modes must be one of full, refrag, none, got 'magic'"),
     (["sft", "--rag_json", __file__, "--out_dir", "run", "--topk", "2", "--topk_min", "3"],
-     "--topk_min 3 is more than --topk 2"),
-    (["generate", "--resume", "--question", "q"], "--resume needs --out FILE"),
+     "--topk_min 3 is more than --topk 2"), (["generate", "--resume", "--question", "q"], "--resume needs --out FILE"),
     (["chat", "--prompt", "x"], "--prompt goes with generate"), (["chat", "--out", "x"], "--out goes with --questions"),
     (["align", "--text", "a\udcffb"], "half of a surrogate pair"),
     *((["serch"], told) for told in ("invalid choice: 'serch' (choose from 'index', 'search'",
@@ -287,8 +285,7 @@ def test_every_option_can_be_set_in_a_file(toml, name):
     assert refrag.parse([name, "--config", toml(text)])[1][:-1] == expected[1][:-1]
 
 
-@pytest.mark.parametrize(("argv", "code"), [
-    (["search", "--topk", "0"], 2), (["search", "--tpk", "3"], 2), ([], 2),
+@pytest.mark.parametrize(("argv", "code"), [(["search", "--topk", "0"], 2), (["search", "--tpk", "3"], 2), ([], 2),
     (["export", "--out_dir", "x" * 300, "--question", "q"], 2),  # it cannot even be looked at
     (["search", "--index_dir", "INDEX", "--question", "q", "--embed_model", "./nowhere"], 3)], ids=str)
 def test_json_errors_are_one_object_on_stdout_and_one_line_on_stderr(refused, run, monkeypatch, index_dir, argv, code):

@@ -117,8 +117,7 @@ BAD = [  # class, values that break a check, what the message tells
     (refrag.EvalConfig, {"modes": ("full,bm25",)}, "--modes bm25: --task qa knows"),
     (refrag.EvalConfig, {"modes": ("full",), "task": "retrieval"}, "bm25, dense, hybrid"),
     (refrag.EvalConfig, {"modes": ("full",), **PPL, "task": "recon"}, "none"),
-    (refrag.EvalConfig, {"k": (4, 8)}, "one value"),
-    (refrag.EvalConfig, {"gate": "none"}, "use --p 0"),
+    (refrag.EvalConfig, {"k": (4, 8)}, "one value"), (refrag.EvalConfig, {"gate": "none"}, "use --p 0"),
     (refrag.EvalConfig, {"context_tokens": 15}, "--k 16 or more, got 15"),
     (refrag.EvalConfig, {"resume": True}, "--out_dir"),
     *((refrag.GateDataConfig, {"out_dir": there}, "name a new folder") for there in (ROOT, __file__)),
@@ -129,10 +128,8 @@ BAD = [  # class, values that break a check, what the message tells
     *((refrag.ServeConfig, {"cors": ("https://a.b", bad)}, f"--cors {bad}: an origin is")
       for bad in ("*", "a.b", "https://a.b/", "https://a.b/notes", "null", "https://*.b")),
     (refrag.ExportConfig, {"out_dir": ROOT}, "is there already")]
-GOOD = [
-    (refrag.CorpusConfig, {"max_passage_tokens": 8, "overlap": 4}),
-    (refrag.GenerateConfig, {"resume": True, "out": "answers.jsonl"}),
-    (refrag.BenchConfig, {"out_dir": ROOT}),
+GOOD = [(refrag.CorpusConfig, {"max_passage_tokens": 8, "overlap": 4}),
+    (refrag.GenerateConfig, {"resume": True, "out": "answers.jsonl"}), (refrag.BenchConfig, {"out_dir": ROOT}),
     (refrag.TrainConfig, {"k": (1, 64), "seq_tokens": 64, "train": "dep"}),
     (refrag.MixConfig, {"mix": "qa=1", "train_json": ()}),
     (refrag.MixConfig, {"mix": "cloze=2, next=1", "rag_json": None}),
@@ -170,8 +167,7 @@ def test_an_error_class_has_its_documented_exit_code():
 OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {})  # accelerators have several of this name
 
 
-@pytest.mark.parametrize(("error", "code"), [
-    (KeyboardInterrupt(), 130),
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130),
     *((OSError(number, "full"), 6) for number in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)),
     (MemoryError(), 6), (OutOfMemoryError("20 GiB"), 6), (torch.OutOfMemoryError("20 GiB"), 6),
     *((OSError(getattr(errno, name), "no", "/there"), 2) for name in (

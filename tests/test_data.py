@@ -258,8 +258,7 @@ def test_a_folder_holds_a_document_per_text_file_and_records(write, tmp_path, ca
         "d/v1.2 notes.TXT": utf16("wide")[1], "d/e.Markdown": "[link](x)", "d/f.text": "{ prose",
         "d/g.txt": '{"text": "g1"}\n{"id": "g", "text": "g2"}\n', "d/h.JSON": '[{"text": "h1"}]',
         "d/i.csv": "text\ni1", "blank.txt": " \n\n", ".git/config.md": "x", ".hidden.txt": "x", "deep/.svn/x.txt": "x",
-        "ignored.py": "code", "a.txt.bak": "an old one", "b.md.zip": "not unzipped", "LICENSE": "no suffix",
-    }.items():
+        "ignored.py": "code", "a.txt.bak": "an old one", "b.md.zip": "not unzipped", "LICENSE": "no suffix"}.items():
         write(f"docs/{name}", content)
     (tmp_path / "docs/linked").symlink_to(write("elsewhere/j.txt", "j").parent)  # it is not followed
     got = read_all(tmp_path / "docs")
@@ -356,8 +355,7 @@ def test_pieces_cover_the_text_in_order_and_hold_at_most_size_tokens(case, size,
     assert (len(spans) == 1) == (len(ends) <= size)
 
 
-@pytest.mark.parametrize(("text", "size", "overlap", "pieces"), [
-    ("a b c d", 2, 0, ["a b", " c d"]),  # the docstring's
+@pytest.mark.parametrize(("text", "size", "overlap", "pieces"), [("a b c d", 2, 0, ["a b", " c d"]),  # the docstring's
     # 8 words fit. The last quarter holds words 7 and 8: the sentence that ends after 7 wins.
     ("a b c d e f g. h i j k", 8, 0, ["a b c d e f g.", " h i j k"]),
     ("a b c d e f g\u3002 h i j k", 8, 0, ["a b c d e f g\u3002", " h i j k"]),
@@ -406,8 +404,7 @@ def test_questions_of_other_forms(write, stdin, name, text):
         assert [(q["id"], q["question"]) for q in ask(questions="-")] == expected
 
 
-@pytest.mark.parametrize(("line", "told"), [
-    ("Who?", ":2: malformed JSON"),
+@pytest.mark.parametrize(("line", "told"), [("Who?", ":2: malformed JSON"),
     ('{"_id": 1, "query": "again"}', ": ids are not unique"), ('{"id": "1", "question": "x"}', ": ids are not unique"),
     ('{"question": 3}', ":2: question must be a string, got int"),
     ('{"question": "\\ud800"}', ":2: question holds half of a surrogate pair"),

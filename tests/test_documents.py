@@ -120,8 +120,7 @@ PAGE = f"""<!DOCTYPE html><html><head><meta charset="utf-8"><title>Of rivers
  and bells</title><style>p {{ color: red }}</style></head><body><nav>Home</nav><script>run()</script>
 <h1>Rivers</h1><p>{RIVER} <a href="https://example.org/{'x' * 300}">More</a> a_b * c</p>
 <h2>Bells<a class="headerlink" href="#bells">\xb6</a></h2><pre># no heading\nmake</pre><p>{BELLS}</p></body></html>"""
-FILES = {
-    "a.pdf": pdf(RIVER, BELLS, title="Of rivers and bells"),
+FILES = {"a.pdf": pdf(RIVER, BELLS, title="Of rivers and bells"),
     "a.docx": docx(("Heading1", "Rivers"), ("Normal", RIVER), ("Heading2", "Bells"), ("Normal", BELLS),
                    title="Of rivers and bells"),
     "a.pptx": pptx((RIVER, NOTES), (BELLS, ""), title="Of rivers and bells", table="Bronze 950"),
@@ -213,8 +212,7 @@ def test_the_source_of_a_passage(identifier, metadata, source):
 
 
 LOCK = {"META-INF/encryption.xml": "<encryption>book/chapter 0.xhtml</encryption>"}
-BROKEN = {
-    **{f"cut{name[1:]}": (FILES[name][: len(FILES[name]) // 2], 4, f"damaged, or no {name[1:]} file")
+BROKEN = {**{f"cut{name[1:]}": (FILES[name][: len(FILES[name]) // 2], 4, f"damaged, or no {name[1:]} file")
        for name in ("a.pdf", "a.docx", "a.pptx", "a.xlsx", "a.epub")},
     **{f"empty{name[1:]}": (b"", 2, "is empty") for name in FILES if name != "a.md"},
     **{f"wrong{suffix}": (b"only text", 4, f"damaged, or no {suffix} file")

@@ -63,8 +63,7 @@ class TestMetrics:
             assert refrag.holds_answer(text, truths) is held, text
 
     @pytest.mark.parametrize(("reply", "truths", "em", "f1"), [
-        ("The old town.", ["old town"], 1, 1),
-        ("in the old town", ["old town hall"], 0, 2 / 3),  # 2 common of 3 and 3
+        ("The old town.", ["old town"], 1, 1), ("in the old town", ["old town hall"], 0, 2 / 3),  # 2 common of 3 and 3
         ("old old town", ["old town old bridge"], 0, 6 / 7),  # a word counts as often as both have it: 3 of 3 and 4
         ("river", ["town", "the river Rhone"], 0, 2 / 3),  # the best truth: 1 common of 1 and 2
         ("none of it", ["town"], 0, 0), ("", ["town"], 0, 0), ("A", ["A"], 1, 1),  # an answer that is an article

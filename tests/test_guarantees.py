@@ -273,8 +273,7 @@ def two_blocks(tmp_path_factory, forks, line) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("what", "computed"), [("nothing", 44), ("some texts", 44 + 111), ("k", 300),
-                                                ("damage", 300)])
+@pytest.mark.parametrize(("what", "computed"), [("nothing", 44), ("some texts", 44 + 111), ("k", 300), ("damage", 300)])
 def test_an_index_that_was_stopped_computes_nothing_twice(forks, line, two_blocks, tmp_path, what, computed):
     out = shutil.copytree(two_blocks / "stopped", tmp_path / "out")
     corpus = Path(shutil.copy(two_blocks / "corpus.jsonl", tmp_path))
@@ -611,11 +610,14 @@ def test_a_damaged_cache_is_made_again(done, line, home, tmp_path, phase, kind):
 
 @pytest.mark.parametrize("flag", ["--dec", "--enc"])
 def test_a_model_that_changed_under_its_name_or_is_damaged(run, done, refused, line, llama, bert, tmp_path, flag):
-    """It does not fit a checkpoint that was trained on it; in bfloat16 it is the same model. Cut off, it is damaged."""
+    """It does not fit a checkpoint that was trained on it; in bfloat16 it is the same model, and where it has moved to,
+    if its flag says so. Cut off, it is damaged."""
     folder = shutil.copytree(llama if flag == "--dec" else bert, tmp_path / "model")
     done(*line("cpt_recon", tmp_path / "out", flag, folder, "--train", "p", "--steps", 1))
-    argv = ["generate", "--prompt", "<doc id='1'>a river</doc> b", "--gate", "none", "--max_new", 1, "--quiet",
-            "--load_dir", tmp_path / "out"]
+    folder, argv = folder.rename(tmp_path / "moved"), ["generate", "--prompt", "<doc id='1'>a river</doc> b", "--quiet",
+                                                       "--gate", "none", "--max_new", 1, "--load_dir", tmp_path / "out"]
+    assert f"model folder {tmp_path / 'model'} is not there" in refused(3, *argv)
+    argv += [flag, folder]
     assert run(*argv)[0] == run(*argv, "--dtype", "bfloat16")[0] == 0
     rewrite(folder / "model.safetensors", lambda t: {**t, (name := max(n for n in t if "orm" in n)): t[name] + 0.5})
     assert f"trained on another {folder}" in refused(5, *argv)
@@ -665,8 +667,7 @@ OTHERS = {  # what is not as it was: options, exit code, message
     "encoder": (["--enc", "decoder:1"], 5, "--enc was decoder:2, now decoder:1"),
     "texts": (["--train_json", __file__], 5, "--train_json was"),
     "phase": (["cpt_next"], 5, "--phase was cpt_recon, now cpt_next"),
-    "changed texts": ([], 5, "texts.jsonl was sha256 "),
-    "processes": ({"processes": 2}, 5, "processes was 2, now 1"),
+    "changed texts": ([], 5, "texts.jsonl was sha256 "), "processes": ({"processes": 2}, 5, "processes was 2, now 1"),
     "gone": (None, 4, "run.json is missing"),
     **{f"run.json {content!r}": (content, 4, "run.json is damaged") for content in (
         b"", b"[]", b"\xff", b'{"settings": null}', b'{"settings": {}}', b'{"settings": {}, "data": 5}',

@@ -92,8 +92,7 @@ def test_a_document_that_got_shorter_leaves_nothing_behind(tmp_path, build):
         ("b", "A bell."), ("a", "A river."), ("a#9", "A river.")]
 
 
-@pytest.mark.parametrize("rows", [
-    [{"id": "a#2", "text": "A bell."}],  # a piece of the document a in the index
+@pytest.mark.parametrize("rows", [[{"id": "a#2", "text": "A bell."}],  # a piece of the document a in the index
     [{"id": "c", "text": LONG}],  # one of its pieces is a document c#1 there
     [{"id": "b", "text": "A bell."}, {"id": "b", "text": LONG}], [{"id": "b", "text": LONG}, {"id": "b", "text": "A."}],
     [{"id": "b", "text": LONG}, {"id": "b#3", "text": "A."}], [{"id": "b#1", "text": "A."}, {"id": "b", "text": LONG}]])
@@ -118,8 +117,7 @@ def test_an_index_is_never_emptied_by_mistake(tmp_path, write, build, done, refu
         for flags, message in (
                 (["--sync"], "--corpus is missing"), (["--sync", "--corpus", tmp_path / "gone"], "no such file"),
                 (["--sync", "--corpus", tmp_path / "none"], "the folder holds no"),
-                (["--sync", "--corpus", empty], "delete all 4 passages of"),
-                (everything, "add --delete_all to do so"),
+                (["--sync", "--corpus", empty], "delete all 4 passages of"), (everything, "add --delete_all to do so"),
                 (["--delete", "p5", "p9", "p5#1"], "--delete p9 p5#1: the index has no such document"),
                 (["--delete", "p5", "--corpus", empty], "--delete takes no --corpus")):
             assert message in refused(2, *line, *flags)

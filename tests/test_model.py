@@ -17,7 +17,7 @@ import transformers
 from conftest import ATTENTION, SMALL, build, disturb, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import refrag
 
@@ -670,10 +670,34 @@ def test_an_encoders_tokens_need_embeddings_too(llama, bert, tmp_path):
     model = transformers.BertModel.from_pretrained(bert)
     model.resize_token_embeddings(40, mean_resizing=False)
     model.save_pretrained(folder)
-    with pytest.raises(refrag.MismatchError, match="its embedding 40 rows"):
-        build(folder, llama)
-    with pytest.raises(refrag.MismatchError, match="its embedding 40 rows"):
-        refrag.load_embedder(str(folder), refrag.RuntimeConfig())
+    for load in (lambda: build(folder, llama), lambda: refrag.load_embedder(str(folder), conftest.RUNTIME)):
+        with pytest.raises(refrag.MismatchError, match="its embedding 40 rows"):
+            load()
+
+
+def test_no_weight_is_made_up(llama, bert, tmp_path):
+    """One that a folder lacks or has in another shape is named. A pooler, which nothing reads, may be missing (as from
+    roberta-base): the model is the same with every seed. Of T5 the encoder is enough."""
+    def changed(base, name, change):
+        folder = shutil.copytree(base, tmp_path / f"model{len(list(tmp_path.iterdir()))}")
+        kept = {k: change(t) if k.startswith(name) else t for k, t in load_file(folder / "model.safetensors").items()}
+        save_file({k: t for k, t in kept.items() if t is not None}, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    for name in ("lm_head.weight", "model.layers.2.mlp.up_proj.weight", "encoder.layer.1.output.dense.weight"):
+        for change in (lambda tensor: None, lambda tensor: tensor[1:].clone()):
+            folder = changed(bert if name.startswith("enc") else llama, name, change)
+            with pytest.raises(refrag.MismatchError, match=rf"model {folder}: its folder lacks {name} of shape \("):
+                build(*((folder, llama) if name.startswith("enc") else ("decoder:2", folder)))
+    bare, found = changed(bert, "pooler", lambda tensor: None), set()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found |= {refrag.load_embedder(str(bare), conftest.RUNTIME).fingerprint, build(bare, llama).encoder.fingerprint}
+    assert len(found) == 2
+    shape = transformers.T5Config(vocab_size=600, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    transformers.T5EncoderModel(shape).save_pretrained(tmp_path / "t5")
+    transformers.AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "t5")
+    assert build(tmp_path / "t5", llama).encoder.encode(["bronze bells"], 4)[0].any()
 
 
 def test_a_broken_chat_template_is_one_line(llama, tmp_path, refused):

@@ -198,8 +198,7 @@ def test_reconstruction_reads_all_vectors_then_the_mark_then_the_text(tmp_path, 
 
 def test_reconstruction_draws_runs_of_the_curriculums_lengths(text_lessons):
     """1, 2, 4 or 8 chunks of 4 tokens from anywhere in the text, short ones first; of a shorter text, all."""
-    lessons = text_lessons("recon", [{"tokens": list(range(100, 140))}, {"tokens": [7, 8, 9, 10, 11]}],
-                           seq_tokens=40)
+    lessons = text_lessons("recon", [{"tokens": list(range(100, 140))}, {"tokens": [7, 8, 9, 10, 11]}], seq_tokens=40)
     first, last, *short = ([asked(lessons.draw(text, rng(n), progress).sequence) for n in range(60)]
                            for text in (0, 1) for progress in (0.0, 0.99))
     assert all(ids == list(range(ids[0], ids[0] + len(ids))) for ids in [*first, *last])
@@ -238,8 +237,7 @@ def test_next_compresses_the_context_and_asks_for_what_follows(text_lessons):
 
 @pytest.mark.parametrize(("tokens", "split", "context"), [
     (20, {}, 10), (21, {}, 10), (10, {"s": 8, "o": 6}, 8), (9, {"s": 8, "o": 6}, 8), (8, {"s": 8, "o": 6}, 4),
-    (5, {"s": 8, "o": 6}, 2), (20, {"s": 1, "o": 19}, 1), (20, {"s": 19, "o": 1}, 19), (20, {"s": 8}, 8),
-])
+    (5, {"s": 8, "o": 6}, 2), (20, {"s": 1, "o": 19}, 1), (20, {"s": 19, "o": 1}, 19), (20, {"s": 8}, 8)])
 def test_texts_shorter_than_their_split_are_used(text_lessons, tokens, split, context):
     """As far as the split goes; where nothing would be left to predict, half of the text is. Without o, all is said."""
     rows = [{"tokens": list(range(10, 10 + tokens)), "split": split}]
@@ -325,8 +323,7 @@ def test_a_separate_encoder_reads_no_half_characters(text_lessons, separate, kin
 
 
 @pytest.mark.parametrize(("kind", "names"), [
-    ("next", "k4 k8"), ("align", "k4 k8"),
-    ("recon", "k4/1 k4/2 k4/4 k4/8 k8/1 k8/2 k8/4")])
+    ("next", "k4 k8"), ("align", "k4 k8"), ("recon", "k4/1 k4/2 k4/4 k4/8 k8/1 k8/2 k8/4")])
 def test_the_exam_is_always_the_same_and_has_each_k(tmp_path, text_lessons, kind, names):
     rows = [{"tokens": list(range(n, n + 32))} for n in (100, 200, 300)]
     assert text_lessons(kind, rows).exam == {}
@@ -396,8 +393,7 @@ QUESTIONS = [
     {"id": "q1", "question": "Which river crosses the old city?", "answers": ["Rhone"], "positive_ids": ["a"]},
     {"id": "q2", "question": "What do smiths in the valley cast?", "answers": ["bells"], "positive_ids": ["b"]},
     {"id": "q3", "question": "Where did the first modern games open?", "answers": ["Athens"], "positive_ids": ["f"]},
-    {"id": "q4", "question": "Who wrote notes on the engine?", "answers": ["Ada Lovelace", "Lovelace"]},
-]
+    {"id": "q4", "question": "Who wrote notes on the engine?", "answers": ["Ada Lovelace", "Lovelace"]}]
 GOLD = [0, 1, 5, 2]  # the text that answers each
 
 

@@ -17,7 +17,7 @@ from conftest import build, trained
 from writers import lasting
 
 import refrag
-from refrag_extras import generate, serve, vllm_engine
+from refrag_extras import generate, serve, vllm_engine, weights
 
 QUESTIONS = ["Where do smiths cast bells?", "Which river leaves Lake Geneva?", "When did the first modern games open?"]
 TAKEN = {"model", "prompt_embeds", "max_tokens", "stream", "stop_token_ids", "return_token_ids", "temperature", "top_p",
@@ -205,7 +205,7 @@ def test_the_first_layers_alone_make_the_same_encoder_and_the_same_inputs(any_de
     """Whatever the decoder's architecture: indexes are read by the encoder's fingerprint."""
     device, config = torch.device("cpu"), refrag.RefragConfig(encoder_name_or_path="decoder:2",
                                                               decoder_name_or_path=str(any_decoder))
-    first = refrag.load_first_layers(config, device, torch.float32)
+    first = weights.load_first_layers(config, device, torch.float32)
     alone, whole = refrag.build_model(config, device, torch.float32, decoder=first), build("decoder:2", any_decoder)
     assert alone.encoder.fingerprint == whole.encoder.fingerprint and alone.window == whole.window
     inputs = [model.decoder.get_input_embeddings()(torch.arange(9)) for model in (alone, whole)]

@@ -292,8 +292,7 @@ def line(files, corpus, llama, embedder, index_dir):
         "eval": ["eval", *index, "--qa", asked, "--topk", 2, "--max_new", 3, "--modes", "full", "refrag", *models,
                  "--resume"],
         "bench": ["bench", *index, "--question", ASKED[0][0], "--contexts", 60, "--p", 0, "--new", 3, "--repeats", 2,
-                  *models],
-        "export": ["export", *index, "--question", ASKED[0][0], "--max_new", 3, *models],
+                  *models], "export": ["export", *index, "--question", ASKED[0][0], "--max_new", 3, *models],
         "generate": ["generate", *index, "--questions", asked, "--topk", 2, "--max_new", 4, *models, "--resume"]}
 
     def call(command: str, out: Path, *more: object) -> list[object]:
