@@ -1889,14 +1889,14 @@ class Index:
 
     def chunk_table(self, row: int, k: int, encoder: str | None = None) -> ChunkTable | None:
         """A passage's chunks at k, with states if they are this encoder's; None if those stored do not serve k."""
-        columns, facts = self.stored(row) if self.serves(k) else None, self.manifest["chunking"]
-        if columns is None:
+        facts = self.manifest["chunking"]
+        if not self.serves(k) or (columns := self.stored(row)) is None:
             return None
-        L, ends, sizes = len(columns["ends"]), columns["ends"], columns["sizes"]
+        L = len(columns["ends"])
         embeddings = columns["gate"].reshape(L, -1) * columns["gate_scales"][:, None] if "gate" in columns else None
         known = "states" in columns and facts["encoder"] == encoder
         states = columns["states"].reshape(L, -1).astype(np.float32) if known else None
-        return merge_chunks(ChunkTable(ends, sizes, embeddings, states), k // facts["k"])
+        return merge_chunks(ChunkTable(columns["ends"], columns["sizes"], embeddings, states), k // facts["k"])
 
 
 def milvus_for(index_dir: str | Path) -> Any | None:
@@ -2315,9 +2315,9 @@ def make_docs(contents: Sequence[str], rows: Sequence[int | None], k: int, token
 
 
 def make_context(tokenizer: RefragTokenizer, question: str, docs: list[Doc], *, ctx_max: float = math.inf,
-                 system: str | None = None) -> Context:
+                 system: str = "") -> Context:
     """A question over documents, best first; the last ones are left out until their contents fit ctx_max tokens."""
-    kept, (asked, system) = docs, (tokenizer.neutralize(text.strip()) for text in (question, system or ""))
+    kept, asked, system = docs, tokenizer.neutralize(question.strip()), tokenizer.neutralize(system.strip())
     while True:
         prompt = build_prompt(tokenizer, question_pieces(asked, kept), system)
         if prompt.context_tokens <= ctx_max:
@@ -3848,10 +3848,10 @@ def ask(encoder: ChunkEncoder, question: str, passages: dict[int, str], gold: in
     while len(kept) > 1 and sum(int(cut.sizes.sum()) for _, _, cut in kept) > seq_tokens:
         kept.pop(max(place for place, (row, _, _) in enumerate(kept) if row != gold))
     docs = [Doc(str(n), content, ChunkTable(*cut[1:]), row) for n, (row, content, cut) in enumerate(kept, start=1)]
-    prompt = (context := make_context(tokenizer, question, docs)).prompt
+    context = make_context(tokenizer, question, docs)
     label = "".join(f" [{doc.label}]" for doc in docs if doc.row == gold)
     ids = tokenizer.decoder(tokenizer.neutralize(answer) + label, add_special_tokens=False)["input_ids"]
-    chunks = [prompt.input_ids[chunk.first : chunk.last] for chunk in prompt.chunks]
+    chunks = [context.prompt.input_ids[chunk.first : chunk.last] for chunk in context.prompt.chunks]
     rows = encoder.inputs([doc.content for doc in docs], [cut for _, _, cut in kept])
     return Asked(context, Content(chunks, rows), np.asarray([*ids, end]))
 
@@ -4088,13 +4088,13 @@ class Steps:
         try:
             items = self.items(step)
             passes = share_out(items, self.processes, self.positions)
-            return Step([self.laid(one[self.process :: self.processes]) for one in passes],
+            return Step([self.make_pass(one[self.process :: self.processes]) for one in passes],
                         sum(item.weight * item.sequence.n_labels for item in items),
                         sum(item.tokens for item in items))
         except RefragError as error:
             return error
 
-    def laid(self, items: list[Item]) -> Pass:
+    def make_pass(self, items: list[Item]) -> Pass:
         weights = np.repeat([item.weight for item in items], [item.sequence.n_labels for item in items])
         batch, teacher = (checked_batch(side, self.window) if side else None for side in (
             [item.sequence for item in items], [item.teacher for item in items if item.teacher]))
@@ -4108,18 +4108,18 @@ class Steps:
             workers = min(os.cpu_count() // self.processes, 12) if device.type == "cuda" else 0
         if workers:
             own = {"multiprocessing_context": "fork", "worker_init_fn": begin_worker, "prefetch_factor": 4}
-        made = iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=numbers, collate_fn=lambda step: step,
-                                                num_workers=workers, pin_memory=device.type == "cuda", **own))
+        steps = iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=numbers, collate_fn=lambda step: step,
+                                                 num_workers=workers, pin_memory=device.type == "cuda", **own))
         try:
             with ThreadPoolExecutor(1) as thread:
-                ahead = thread.submit(next, made, None)
+                ahead = thread.submit(next, steps, None)
                 while (ready := ahead.result()) is not None:
                     if isinstance(ready, RefragError):
                         raise ready
-                    ahead = thread.submit(next, made, None)
+                    ahead = thread.submit(next, steps, None)
                     yield ready
         finally:
-            del made  # its workers end with it; a traceback would keep them
+            del steps  # ends the workers; a traceback would keep them
 
 
 def begin_worker(worker: int) -> None:
@@ -4858,7 +4858,8 @@ class Pipeline:
         """The pipeline's settings with other values of some fields, --gate and --compressed settled."""
         settings = dataclasses.replace(self.settings, **changes)
         gate = "ppl" if settings.heuristic else settings.gate
-        gate = gate if gate != "auto" else "learned" if "learned" in self.trained_gates else "blend"
+        if gate == "auto":
+            gate = "learned" if "learned" in self.trained_gates else "blend"
         require(gate not in TRAINED_GATES or gate in self.trained_gates, f"--gate {gate}: there is none trained for "
                 f"these models and this index: make one with train_{TRAINED_GATES.get(gate)}, or use --gate blend")
         feed = settings.compressed == "feed" or (settings.compressed == "auto" and self.model.trained)
