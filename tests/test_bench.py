@@ -259,16 +259,18 @@ def test_without_full_context_or_matplotlib_the_older_pictures_go(run_bench, tmp
 
 
 def test_a_layers_products_are_counted(monkeypatch):
-    """y = x W forward, dW = x' dy and dx = dy W' backward, the first of them twice."""
+    """y = x W forward, dW = x' dy and dx = dy W' backward, the first of them twice; a linear map in inference mode."""
     x, w = torch.ones(5, 3, requires_grad=True), torch.ones(3, 7, requires_grad=True)
     with bench.Products() as products:
         (x @ w).sum().backward()
         torch.mm(x.detach(), w.detach()) + 1
+        with torch.inference_mode():
+            torch.nn.functional.linear(x, torch.ones(2, 3))
     shapes = {tuple(shape for shape, *_ in factors): count for factors, count in products.seen.items()}
-    assert shapes == {((5, 3), (3, 7)): 2, ((3, 5), (5, 7)): 1, ((5, 7), (7, 3)): 1}
+    assert shapes == {((5, 3), (3, 7)): 2, ((3, 5), (5, 7)): 1, ((5, 7), (7, 3)): 1, ((5, 3), (3, 2)): 1}
     seconds = iter([9, 2, 5, 1, 9, 2, 9, 4])  # the least of two for each, the first counts twice
     monkeypatch.setattr(bench, "timed", lambda device, work: work() is None or next(seconds))
-    assert products.seconds(torch.device("cpu"), 1) == 2 * 2 + 1 + 2
+    assert products.seconds(torch.device("cpu"), 1) == 2 * 2 + 1 + 2 + 4
 
 
 @pytest.mark.parametrize("options", [[], ["--lora_r", 2, "--dtype", "bfloat16"]], ids=["full", "lora"])
