@@ -3241,9 +3241,9 @@ def find_checkpoint(models: ModelConfig) -> Checkpoint | None:
     changed = [flag for flag in MODEL_FLAGS if getattr(models, flag) not in (None, getattr(config, MODEL_FLAGS[flag]))]
     if changed and shipped:
         return None
-    for flag, key in ((flag, MODEL_FLAGS[flag]) for flag in changed):
-        named = getattr(models, flag)
-        if not Path(named).is_dir() or not getattr(config, f"{key[:7]}_fingerprint", None):
+    for flag in changed:
+        key, named = MODEL_FLAGS[flag], getattr(models, flag)
+        if not Path(named).is_dir() or not getattr(config, key.removesuffix("name_or_path") + "fingerprint", None):
             raise MismatchError(f"--load_dir {checkpoint.path} was made with --{flag} {getattr(config, key)}, not "
                                 f"{named}: leave the flag out, or name another checkpoint")
         setattr(config, key, named)  # the same model in another folder, or `check_base` refuses it

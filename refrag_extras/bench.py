@@ -412,13 +412,13 @@ class Products(TorchDispatchMode):
         self.seen: collections.Counter = collections.Counter()
 
     def __torch_dispatch__(self, kind: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
         if kind in self.KINDS:
             self.seen[tuple((tuple(x.shape), x.stride(), x.dtype) for x in args[-2:])] += 1
-        else:
-            with self:  # in inference mode a linear map comes as a whole
-                if (result := kind.decompose(*args, **(kwargs or {}))) is not NotImplemented:
-                    return result
-        return kind(*args, **(kwargs or {}))
+            return kind(*args, **kwargs)
+        with self:  # in inference mode a linear map comes as a whole
+            result = kind.decompose(*args, **kwargs)
+        return kind(*args, **kwargs) if result is NotImplemented else result
 
     def seconds(self, device: torch.device, repeats: int) -> float:
         """How long all of them take by themselves: the least of some times of each."""

@@ -108,9 +108,9 @@ def smallest_matrix(weight: Tensor, bias: Tensor | None = None, columns: Tensor 
 
 
 def multiplies_integers() -> bool:
-    """Whether 8-bit integers are what the CPU multiplies fastest, and it does (ONEDNN_MAX_CPU_ISA can forbid it).
-    Without instructions for it the product takes forty times as long as one of float32, or cuts off sums that are too
-    large for 16 bits; with matrix instructions (AMX) bfloat16, where nothing has to be rounded, is sooner done."""
+    """Whether the CPU reads prompts fastest in 8-bit integers, and torch uses the instructions for them, which
+    ONEDNN_MAX_CPU_ISA can forbid. Without these a product takes forty times as long as one of float32, or cuts off sums
+    that are too large for 16 bits. With matrix instructions (AMX) bfloat16 is faster: nothing has to be rounded."""
     full = torch.full((32, 64), 127, dtype=torch.int8)
     known = refrag.cpu_has("avx512_vnni", "avx_vnni") and not refrag.cpu_has("amx_bf16")
     return known and int(torch._int_mm(full, full.T)[0, 0]) == 64 * 127**2
