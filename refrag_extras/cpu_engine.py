@@ -257,12 +257,14 @@ class Stepper:
             apart = torch.cat([turned.transpose(2, 3).flatten(2), made[:, H + G :].flatten(2)], dim=1)  # no more paired
             query, key, value = apart.to(cache.layers[number].keys.dtype).transpose(0, 1).split([H, G, G])
             keys, values = cache.update(key[None], value[None], number)
-            mixed = causal_attention(query, keys[0], values[0], 1.0, None).transpose(0, 1).reshape(T, H * D)
+            if layer is self.layers[-1]:  # after it only the last position is asked for
+                query, x = query[:, -1:], x[-1:]
+            mixed = causal_attention(query, keys[0], values[0], 1.0, None).transpose(0, 1).reshape(len(x), H * D)
             for rows, heads in zip(x.split(ROWS), mixed.split(ROWS), strict=True):
                 rows += layer.leave.many(heads)
                 gate, up = layer.widen.many(self.norm(rows)).chunk(2, dim=-1)
                 rows += layer.narrow.many(nn.functional.silu(gate).mul_(up))
-        return self.head(self.norm(x[-1:])).float(), start._replace(cache=cache, position=start.position + T)
+        return self.head(self.norm(x)).float(), start._replace(cache=cache, position=start.position + T)
 
     def adopt(self, state: DecoderState, room: int) -> DecoderState:
         """The state of a prompt that the decoder has read, with room for so many tokens more."""
