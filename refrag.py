@@ -217,7 +217,7 @@ class RuntimeConfig(Options):
 
 
 class CorpusConfig(Options):
-    corpus: tuple[str, ...] = opt((), "JSON {id,title,text}, .csv, text, .pdf, .docx, .html, .., folders, - for stdin")
+    corpus: tuple[str, ...] = opt((), "JSON {id,title,text}, .csv, .parquet, text, .pdf, .., folders, - for stdin")
     errors: str = opt("strict", "stop, replace bad bytes, or skip bad records", choices="strict replace skip")
     limit: int | None = opt(None, "read at most this many records", low=1)
     max_passage_tokens: int | None = opt(None, "longer passages are split; default the index's or 256, "
@@ -1096,7 +1096,7 @@ def cache_home() -> Path:
 
 BINARY = (b"%PDF-", b"PK\x03\x04", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"\xd0\xcf\x11\xe0")  # first bytes
 NOT_AS_NAMED = "rename it, or leave it out"
-TABLES, OBJECTS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
+TABLES, OBJECTS = (".csv", ".tsv", ".parquet"), (".jsonl", ".ndjson", ".json")
 ID_FIELDS = ("id", "_id")  # of several fields in a record, the first counts
 QUESTION_FIELDS = ("question", "query", "text")
 NAMED = 10  # bad records and files beyond this many are counted, but not named
@@ -1189,7 +1189,6 @@ def kind_of(path: Path) -> str:
 class TextFile:
     """The lines or records of a file, "-" for standard input, also gzipped or in UTF-16. counts: skipped, replaced."""
 
-
     def __init__(self, path: Path, errors: str = "", counts: dict[str, int] | None = None):
         self.path, self.name, self.suffix = path, spelled(path), kind_of(path)
         self.errors, self.counts = errors, collections.Counter() if counts is None else counts
@@ -1262,14 +1261,24 @@ class TextFile:
                 elif any(row):
                     yield line, json.dumps({name: cell for name, cell in zip(names, row, strict=False) if cell})
 
+    def rows(self) -> Iterator[tuple[int, str]]:
+        """(number, JSON object of the filled cells) of each row of a Parquet file. Raises CorruptError."""
+        with self.opened() as handle:
+            try:
+                batches = importlib.import_module("pyarrow.parquet").ParquetFile(handle).iter_batches()
+                for number, row in enumerate(itertools.chain.from_iterable(b.to_pylist() for b in batches), start=1):
+                    yield number, json.dumps({name: x for name, x in row.items() if x is not None}, default=str)
+            except pa.ArrowException as error:
+                raise CorruptError(f"{self.name}: no Parquet file ({one_line(error)}): fetch it again") from None
+
     def items(self, fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
         """(whether they are records in JSON rather than text, the number and text of each).
 
-        Records are the rows of .csv and .tsv, all of .json and .jsonl, and of any file that begins with an object: one
-        per line, a single one, or those of an array, which is read whole.
+        Records are the rows of .csv, .tsv and .parquet, all of .json and .jsonl, and of any file that begins with an
+        object: one per line, a single one, or those of an array, which is read whole.
         """
         if self.suffix in TABLES:
-            return True, self.table(fields)
+            return True, self.rows() if self.suffix == ".parquet" else self.table(fields)
         lines, is_json = self.filled_lines(), self.suffix in OBJECTS
         number, first = next(lines, (1, ""))
         lines = itertools.chain([(number, first)] if first else [], lines)
@@ -1342,7 +1351,7 @@ class TrainingText(NamedTuple):
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
     """The {text} and {tokens,split:{s,o}} lines of the files, streamed. Raises UserError."""
     for file, name in enumerate(paths):
-        for number, line in TextFile(Path(name)).filled_lines():
+        for number, line in TextFile(Path(name)).items(("text",))[1]:
             where = f"{name}:{number}"
             item = parse_object(line, where)
             text = item[field_in(item, ("tokens", "text"), where)]

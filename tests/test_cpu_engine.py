@@ -141,8 +141,7 @@ def test_a_long_prompt_in_8_bits_gives_nearly_the_decoders_steps(exact, monkeypa
 @pytest.mark.parametrize("rows", [1, 3, 170])
 @pytest.mark.parametrize("by_floats", [True, False])
 def test_vectors_in_8_bits_may_have_columns_that_stand_out(rows, by_floats, integers, monkeypatch):
-    """What is told of them moves to the weights, for few vectors and for many. Products as in all tests, and by torch.
-    """
+    """What is told of them moves to the weights, for few vectors and for many, by floats and by torch's product."""
     if not by_floats:
         if not CPU_HAS("avx512_vnni", "avx_vnni", "amx_int8"):
             pytest.skip("no instructions for products of integers")

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from conftest import read_all
 from hypothesis import example, given
@@ -230,6 +231,14 @@ def test_a_cell_is_read(write, name, content, text):
     assert read_all(write(name, content)).texts == [text]
 
 
+def test_the_rows_of_a_parquet_file(tmp_path):
+    cells = {"_id": [7, None], "text": ["a\nb", "c"], "n": [[1.5], None], "day": pyarrow.array([0, None], "date32")}
+    pyarrow.parquet.write_table(pyarrow.table(cells), path := tmp_path / "c.parquet")
+    assert [(r.id, r.text, r.metadata) for r in read_all(path).records] == [
+        ("7", "a\nb", {"path": path.name, "n": [1.5], "day": "1970-01-01"}), ("c.parquet:2", "c", {"path": path.name})]
+    assert [text.text for text in refrag.read_training_texts([str(path)])] == ["a\nb", "c"]
+
+
 def test_a_table_that_can_not_be_read_and_bad_rows_of_one(write):
     for text, told in (("id,Titel\n1,x\n", ":1: no text (nor contents, body, passage) among its keys: id, Titel"),
                        ("some prose\n", ":1: no text (nor contents, body, passage) among its keys: some prose"),
@@ -274,7 +283,7 @@ def test_a_folder_holds_a_document_per_text_file_and_records(write, tmp_path, ca
 
 FAULTY = {"a.txt": b"ab\ncd\xff", "c.jsonl": b'{"text": "one"}\n{"x": 1}\n', "d.json": b'{"name": "x"}',
           "e.csv": b"a,b\n1,2", "f.txt.gz": b"", "g.ndjson": b"prose", "h.tsv": b'text\nrow\n"open',
-          "i.txt": b"%PDF-1.7 x"}
+          "i.txt": b"%PDF-1.7 x", "j.parquet": b"PAR1 x"}
 GOOD_IN = {"c.jsonl": ["one"], "h.tsv": ["row"]}
 
 

@@ -128,8 +128,7 @@ FILES = {"a.pdf": pdf(RIVER, BELLS, title="Of rivers and bells"),
                    title="Of rivers and bells"),
     "a.epub": epub(f"<h1>Rivers</h1><p>{RIVER}</p>", f"<h1>Bells</h1><p>{BELLS}</p>", title="Of rivers and bells"),
     "a.html": PAGE.encode(), "a.htm": PAGE.encode("utf-16"),
-    "a.md": f"# Of rivers and bells\n\n## Rivers\n{RIVER}\n\n## Bells\n{BELLS}\n".encode(),
-}
+    "a.md": f"# Of rivers and bells\n\n## Rivers\n{RIVER}\n\n## Bells\n{BELLS}\n".encode()}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -44,9 +44,8 @@ def lines_of(folder):
 def task(tmp_path_factory, index_dir, llama):
     qa, modes = write_rows(tmp_path_factory.mktemp("qa") / "qa.jsonl", QUESTIONS), tuple(refrag.EVAL_MODES["qa"])
     config = refrag.EvalConfig(qa=str(qa), k=(4,), max_new=3, gate="random", p=(0.0, 0.3), modes=modes)
-    task = evaluate.QaTask(
-        config, refrag.IndexConfig(index_dir=str(index_dir)), refrag.SearchConfig(topk=2),
-        refrag.ModelConfig(dec=str(llama), enc="decoder:2"), refrag.RuntimeConfig(quiet=True))
+    task = evaluate.QaTask(config, refrag.IndexConfig(index_dir=str(index_dir)), refrag.SearchConfig(topk=2),
+                           refrag.ModelConfig(dec=str(llama), enc="decoder:2"), refrag.RuntimeConfig(quiet=True))
     task.load()
     return task
 

@@ -207,8 +207,7 @@ def test_files_without_ids_are_followed(tmp_path, write, build):
     assert [less[name] for name in counts] == [3, 2, 0, 5]
     found = passages_of(tmp_path / "i")
     assert [(p.id, p.text) for p in found] == [("b/d.md", "# A river"), ("b/e.md", "new"), ("b/notes.txt", "changed")]
-    assert json.loads(found[0].metadata) == {
-        "path": "b/d.md", "modified": "1970-01-01T00:00:00", "heading": "A river"}
+    assert json.loads(found[0].metadata) == {"path": "b/d.md", "modified": "1970-01-01T00:00:00", "heading": "A river"}
     write("b/e.md", "newer")
     os.utime(tmp_path / "b/d.md", (1, 1))
     again = build("i", tmp_path / "b", "--sync")

