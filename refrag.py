@@ -357,7 +357,7 @@ class BenchConfig(Options):
 
 
 class TextConfig(Options):
-    train_json: tuple[str, ...] = opt((), "JSON lines {text} or {tokens,split:{s,o}}", needed=True, exists=True)
+    train_json: tuple[str, ...] = opt((), "JSON or tables, {text} or {tokens,split:{s,o}}", needed=True, exists=True)
     eval_json: tuple[str, ...] = opt((), "held-out texts of the same form", exists=True)
 
 
@@ -479,7 +479,7 @@ class EvalConfig(Options):
     task: str = opt("qa", "answers, rankings, what the gate finds, log-perplexity, or text back from its vectors",
                     choices=" ".join(EVAL_MODES))
     qa: str | None = opt(None, "questions: JSON lines {question,answers,positive_ids}, also .gz")
-    texts: tuple[str, ...] = opt((), "with ppl and recon: JSON lines {text}, also .gz", exists=True)
+    texts: tuple[str, ...] = opt((), "with ppl and recon: JSON or tables, {text}", exists=True)
     modes: tuple[str, ...] = opt((), f"what is compared; default all of the task but {', '.join(EVAL_ONLY_NAMED)}")
     p: tuple[float, ...] = like(AnswersConfig, "p", help="shares of the context that stay text at most")
     k: tuple[int, ...] = like(PackConfig, "k", default=(PackConfig.k,))
