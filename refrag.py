@@ -1265,11 +1265,11 @@ class TextFile:
         """(number, JSON object of the filled cells) of each row of a Parquet file. Raises CorruptError."""
         with self.opened() as handle:
             try:
-                batches = importlib.import_module("pyarrow.parquet").ParquetFile(handle).iter_batches()
+                batches = importlib.import_module("pyarrow.parquet").ParquetFile(handle).iter_batches(1000)
                 for number, row in enumerate(itertools.chain.from_iterable(b.to_pylist() for b in batches), start=1):
                     yield number, json.dumps({name: x for name, x in row.items() if x is not None}, default=str)
             except pa.ArrowException as error:
-                raise CorruptError(f"{self.name}: no Parquet file ({one_line(error)}): fetch it again") from None
+                raise CorruptError(f"{self.name}: no whole Parquet file ({one_line(error)}): fetch it again") from None
 
     def items(self, fields: Sequence[str]) -> tuple[bool, Iterator[tuple[int, str]]]:
         """(whether they are records in JSON rather than text, the number and text of each).
@@ -1349,12 +1349,13 @@ class TrainingText(NamedTuple):
 
 
 def read_training_texts(paths: Sequence[str]) -> Iterator[TrainingText]:
-    """The {text} and {tokens,split:{s,o}} lines of the files, streamed. Raises UserError."""
+    """The {text} and {tokens,split:{s,o}} records of the files, streamed. Raises UserError."""
+    fields = "tokens", "text"
     for file, name in enumerate(paths):
-        for number, line in TextFile(Path(name)).items(("text",))[1]:
+        for number, line in TextFile(Path(name)).items(fields)[1]:
             where = f"{name}:{number}"
             item = parse_object(line, where)
-            text = item[field_in(item, ("tokens", "text"), where)]
+            text = item[field_in(item, fields, where)]
             if not isinstance(text, list):
                 text = check_string(text, "text", where)
             elif not all(type(token) is int and 0 <= token < 2**31 for token in text):

@@ -290,8 +290,8 @@ def tiny(index_dir, llama) -> list[str]:
 
 
 def read_all(*paths: object, sources: dict[str, str] | None = None, **options: object) -> types.SimpleNamespace:
-    """Read a whole corpus: records, their ids and texts, the counts skipped, replaced and ignored, and the sources, to
-    those of earlier additions, with their labels."""
+    """Read a whole corpus: records, their ids and texts, the counts skipped, replaced and ignored, and the sources.
+    sources: those of earlier additions, with their labels."""
     counts, sources = {"skipped": 0, "replaced": 0}, dict(sources or {})
     records = list(read_corpus(refrag.CorpusConfig(tuple(map(str, paths)), **options), counts, sources))
     return types.SimpleNamespace(records=records, sources=sources, ids=[r.id for r in records],
